@@ -1,0 +1,1 @@
+"""The shared-matrix encoder: trainable reference (GPT), serving forward (Encoder), files."""

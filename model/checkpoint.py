@@ -1,0 +1,271 @@
+"""The backbone folder: strict reading and writing (config, tensors, tokenizer, calibration)."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from model.config import MAIN_MATRICES, GPTConfig
+from model.heads import CALIBRATION_BUCKETS
+from model.tokenizer import Tokenizer
+
+CONFIG_FILE = "config.json"
+TENSOR_FILE = "backbone.safetensors"
+TOKENIZER_FILE = "tokenizer.json"
+CALIBRATION_FILE = "calibration.json"
+
+Shape = tuple[int, ...]
+STORED_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+class BackboneError(ValueError):
+    """A backbone folder, or what should become one, is not as the format says."""
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A backbone folder in memory. `tensors` are on the CPU, in their stored dtypes."""
+
+    id: str
+    config: GPTConfig
+    tensors: Mapping[str, Tensor]
+    tokenizer: Tokenizer
+    calibration: Tensor | None  # (100,) float32
+    digest: str  # sha256:<64 hex>
+
+
+def norm_names(config: GPTConfig) -> list[str]:
+    """The LayerNorms' state-dict names, without .weight and .bias."""
+    layers = range(config.n_layer)
+    return [f"transformer.h.{i}.{n}" for i in layers for n in ("ln_1", "ln_2")] + [
+        "transformer.ln_f"
+    ]
+
+
+def norm_shapes(config: GPTConfig) -> dict[str, Shape]:
+    """Every LayerNorm tensor's shape, by name."""
+    parts = ("weight", "bias") if config.bias else ("weight",)
+    return {f"{name}.{part}": (config.n_embd,) for name in norm_names(config) for part in parts}
+
+
+def required_shapes(config: GPTConfig) -> dict[str, Shape]:
+    """The tensors every backbone of this config has."""
+    width = config.n_embd
+    homes = (
+        ["shared"]
+        if config.share_main_matrices
+        else [f"transformer.h.{layer}" for layer in range(config.n_layer)]
+    )
+    shapes: dict[str, Shape] = {"transformer.wte.weight": (config.vocab_size, width)}
+    for home in homes:
+        for path, (out, into) in MAIN_MATRICES.items():
+            shapes[f"{home}.{path}.weight"] = (out * width, into * width)
+            if config.bias:
+                shapes[f"{home}.{path}.bias"] = (out * width,)
+    return shapes | norm_shapes(config)
+
+
+def optional_shapes(config: GPTConfig) -> dict[str, Shape]:
+    """The heads a backbone may have; the sequence head's three tensors come together or not."""
+    width = config.n_embd
+    shapes: dict[str, Shape] = {"critic_head.weight": (1, width)}
+    if config.cls_token_id is not None:
+        shapes["cls_embedding"] = (width,)
+    return shapes | {
+        "sequence_head.base_predictor.weight": (1, width),
+        "sequence_head.A": (1,),
+        "sequence_head.B": (1,),
+    }
+
+
+def check_tensors(config: GPTConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Raises BackboneError unless these are exactly a backbone's tensors, all finite."""
+    required, optional = required_shapes(config), optional_shapes(config)
+    missing = [name for name in required if name not in tensors]
+    if missing:
+        raise BackboneError(f"{len(missing)} tensors are missing, the first is {missing[0]}")
+    unknown = [name for name in tensors if name not in required and name not in optional]
+    if unknown:
+        raise BackboneError(f"{len(unknown)} tensors are not of this model: {unknown[0]}")
+    sequence = [name for name in tensors if name.startswith("sequence_head.")]
+    if len(sequence) not in (0, 3):
+        raise BackboneError(f"the sequence head has three tensors; only {sequence} are there")
+    for name, tensor in tensors.items():
+        wanted = (required | optional)[name]
+        if tuple(tensor.shape) != wanted:
+            raise BackboneError(f"{name} has shape {list(tensor.shape)}, not {list(wanted)}")
+        if tensor.dtype not in STORED_DTYPES:
+            raise BackboneError(f"{name} is {tensor.dtype}; F32, F16 and BF16 are served")
+        if not torch.isfinite(tensor).all():
+            raise BackboneError(f"{name} has values that are not finite")
+
+
+def backbone_digest(config: GPTConfig, tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over the config (JSON, sorted keys, no spaces) and, by name, each tensor.
+
+    A tensor adds the line `name dtype [shape]` and its bytes, both as the file has them.
+    """
+    sha = hashlib.sha256(_canonical(config.to_dict()))
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        sha.update(f"\n{name} {STORED_DTYPES[tensor.dtype]} {list(tensor.shape)}\n".encode())
+        sha.update(tensor.view(torch.uint8).numpy().data)
+    return f"sha256:{sha.hexdigest()}"
+
+
+def read_backbone(folder: Path) -> Backbone:
+    """Raises BackboneError, with a sentence that names the file, for anything not as it must be."""
+    if not folder.is_dir():
+        raise BackboneError(f"{folder} is not a backbone folder: no such folder")
+    try:
+        config = GPTConfig.from_dict(_read_json(folder / CONFIG_FILE, dict))
+    except ValueError as error:
+        raise BackboneError(f"{folder / CONFIG_FILE}: {error}") from error
+    tensors = _read_tensors(folder / TENSOR_FILE)
+    check_tensors(config, tensors)
+    tokenizer = _read_tokenizer(folder / TOKENIZER_FILE, config)
+    calibration = _read_calibration(folder / CALIBRATION_FILE)
+    digest = backbone_digest(config, tensors)
+    return Backbone(folder.resolve().name, config, tensors, tokenizer, calibration, digest)
+
+
+def write_backbone(
+    folder: Path,
+    config: GPTConfig,
+    tensors: Mapping[str, Tensor],
+    tokenizer: Tokenizer,
+    calibration: Tensor | None = None,
+) -> str:
+    """Write a backbone folder and return its digest. config.json comes last: without it, no folder.
+
+    Raises BackboneError, before anything is written, for tensors that read_backbone would refuse.
+    """
+    check_tensors(config, tensors)
+    folder.mkdir(parents=True, exist_ok=True)
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    _replace(folder / TENSOR_FILE, lambda path: path.write_bytes(save(contiguous)))
+    _replace(folder / TOKENIZER_FILE, tokenizer.save)
+    if calibration is not None:
+        text = json.dumps(calibration.tolist())
+        _replace(folder / CALIBRATION_FILE, lambda path: _write_text(path, text))
+    text = json.dumps(config.to_dict(), indent=2) + "\n"
+    _replace(folder / CONFIG_FILE, lambda path: _write_text(path, text))
+    return backbone_digest(config, tensors)
+
+
+def backbone_tensors(config: GPTConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A GPT's state dict as a backbone's tensors: shared matrices once, no LoRA.
+
+    Raises BackboneError where matrices that the config calls shared differ between layers.
+    """
+    _demand_state(config, state)
+    names = {*required_shapes(config), *optional_shapes(config)}
+    tensors = {name: state[name].detach().clone() for name in names if name in state}
+    if config.share_main_matrices:
+        for name in required_shapes(config):
+            if name.startswith("shared."):
+                tensors[name] = _shared_by_all(config, state, name.removeprefix("shared."))
+    check_tensors(config, tensors)
+    return tensors
+
+
+def state_dict_of(config: GPTConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A backbone's tensors under GPT's state-dict names: the inverse of backbone_tensors."""
+    state = {name: t for name, t in tensors.items() if not name.startswith("shared.")}
+    state["lm_head.weight"] = tensors["transformer.wte.weight"]
+    for name, tensor in tensors.items():
+        if name.startswith("shared."):
+            for layer in range(config.n_layer):
+                state[f"transformer.h.{layer}.{name.removeprefix('shared.')}"] = tensor
+    return state
+
+
+def _demand_state(config: GPTConfig, state: Mapping[str, Tensor]) -> None:
+    for name in required_shapes(dataclasses.replace(config, share_main_matrices=False)):
+        if name not in state:
+            raise BackboneError(f"the checkpoint has no {name}")
+    wte = state["transformer.wte.weight"]
+    if not torch.equal(wte, state.get("lm_head.weight", wte)):
+        raise BackboneError("lm_head.weight is not tied to transformer.wte.weight")
+
+
+def _shared_by_all(config: GPTConfig, state: Mapping[str, Tensor], name: str) -> Tensor:
+    first = state[f"transformer.h.0.{name}"]
+    for layer in range(1, config.n_layer):
+        if not torch.equal(state[f"transformer.h.{layer}.{name}"], first):
+            raise BackboneError(
+                f"share_main_matrices is set, but {name} of layer {layer} differs from layer 0's"
+            )
+    return first.detach().clone()
+
+
+def _read_json(path: Path, kind: type) -> Any:
+    if not path.is_file():
+        raise BackboneError(f"{path} is missing")
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise BackboneError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, kind):
+        raise BackboneError(f"{path} must hold a JSON {'object' if kind is dict else 'list'}")
+    return value
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise BackboneError(f"{path} is missing")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise BackboneError(f"{path} is not a safetensors file: {error}") from error
+
+
+def _read_tokenizer(path: Path, config: GPTConfig) -> Tokenizer:
+    if not path.is_file():
+        raise BackboneError(f"{path} is missing")
+    try:
+        tokenizer = Tokenizer.from_file(path)
+    except Exception as error:  # the library raises bare Exception
+        raise BackboneError(f"{path} is not a tokenizer file: {error}") from error
+    if tokenizer.vocab_size > config.vocab_size:
+        raise BackboneError(
+            f"{path} has {tokenizer.vocab_size} tokens, more than vocab_size {config.vocab_size}"
+        )
+    return tokenizer
+
+
+def _read_calibration(path: Path) -> Tensor | None:
+    if not path.exists():
+        return None
+    values = _read_json(path, list)
+    proper = all(
+        type(v) in (int, float) and math.isfinite(v) and 0 <= v <= 1 for v in values
+    )
+    if len(values) != CALIBRATION_BUCKETS or not proper:
+        raise BackboneError(f"{path} must hold {CALIBRATION_BUCKETS} numbers from 0 to 1")
+    return torch.tensor(values, dtype=torch.float32)
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, "utf-8")
+
+
+def _replace(path: Path, write: Any) -> None:
+    """Let `write` fill a temporary file, then put it in path's place: whole or not at all."""
+    part = path.with_name(path.name + ".tmp")
+    write(part)
+    os.replace(part, path)

@@ -1,0 +1,61 @@
+"""What is read off the hidden states: pooled rows, critic, sequence score, mask logits, labels.
+
+All in float32, whatever the trunk's dtype.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from model.lora import Classifier
+from model.packed import PackedBatch
+
+CALIBRATION_BUCKETS = 100
+
+
+def pool(hidden: Tensor, batch: PackedBatch, rows: Sequence[int], pooling: str) -> Tensor:
+    """One vector a row: hidden (N, C) -> (len(rows), C) float32.
+
+    `mean` over a row's tokens, `cls` its first token, `last` its last.
+    """
+    starts = torch.tensor([batch.starts[row] for row in rows], device=hidden.device)
+    if pooling == "cls":
+        return hidden[starts].float()
+    lengths = torch.tensor([batch.lengths[row] for row in rows], device=hidden.device)
+    if pooling == "last":
+        return hidden[starts + lengths - 1].float()
+    tokens = [hidden[batch.starts[row] : batch.starts[row] + batch.lengths[row]] for row in rows]
+    return torch.stack([part.sum(0, dtype=torch.float32) for part in tokens]) / lengths[:, None]
+
+
+def critic_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden (N, C), weight (C,) -> (N,) logits; the higher, the likelier a token is wrong."""
+    return hidden.float() @ weight
+
+
+def wrongness(logits: Tensor, calibration: Tensor | None) -> Tensor:
+    """sigmoid(logit), through the 100-bucket table where there is one: bucket floor(100 p)."""
+    p = torch.sigmoid(logits)
+    if calibration is None:
+        return p
+    buckets = (p * CALIBRATION_BUCKETS).long().clamp(0, CALIBRATION_BUCKETS - 1)
+    return calibration[buckets]
+
+
+def sequence_scores(first: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """sigmoid(A * Wx + B) of first tokens: (R, C), weight (1, C) -> (R,)."""
+    return torch.sigmoid(a * (first.float() @ weight[0]) + b)
+
+
+def likeliest_tokens(hidden: Tensor, wte: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """hidden (M, C), wte (V, C) -> the k likeliest ids and their log-probabilities, (M, k) each."""
+    logprobs = F.log_softmax(hidden.float() @ wte.t(), dim=-1)
+    best, ids = logprobs.topk(min(k, wte.shape[0]), dim=-1)
+    return ids, best
+
+
+def label_scores(pooled: Tensor, classifier: Classifier) -> Tensor:
+    """pooled (R, C) -> (R, K) probabilities of the classifier's labels."""
+    return F.linear(pooled, classifier.weight, classifier.bias).softmax(-1)

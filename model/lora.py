@@ -1,0 +1,107 @@
+"""Mixed-batch LoRA: every adapter's own matrices on its own tokens of one packed batch.
+
+An adapter is keyed by (layer, site), never by module: the layers share their matrices.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from model.layers import LN_EPS
+
+Site = tuple[int, str]  # (layer, name in LORA_SITES)
+
+
+@dataclass(frozen=True, eq=False)
+class Classifier:
+    weight: Tensor  # (K, C) float32
+    bias: Tensor | None  # (K,) float32
+    labels: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterWeights:
+    """One adapter set on the device, ready to be applied.
+
+    `lora` has, for every (layer, site) the set changes, A (r, in) and B transposed (r, out) with
+    the scaling already in it. `norms` has the LayerNorms it replaces, under their state-dict names
+    without `.weight`.
+    """
+
+    lora: Mapping[Site, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    norms: Mapping[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    critic: Tensor | None = None  # (C,) float32
+    calibration: Tensor | None = None  # (100,) float32, on the CPU
+    classifier: Classifier | None = None
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens start..end of a packed batch, all of one adapter; None is the backbone alone."""
+
+    start: int
+    end: int
+    adapter: AdapterWeights | None
+
+
+class LoraBatch:
+    """Which adapter each token of a packed batch belongs to: its segments, in token order."""
+
+    def __init__(self, segments: Sequence[Segment]) -> None:
+        self.segments = list(segments)
+        self._with_adapter = [(s, s.adapter) for s in self.segments if s.adapter is not None]
+        self._norms = {name for _, adapter in self._with_adapter for name in adapter.norms}
+
+    @classmethod
+    def of_rows(
+        cls, lengths: Sequence[int], adapters: Sequence[AdapterWeights | None]
+    ) -> "LoraBatch":
+        """One adapter a row; neighbouring rows of the same one become one segment."""
+        segments: list[Segment] = []
+        start = 0
+        for length, adapter in zip(lengths, adapters, strict=True):
+            if segments and segments[-1].adapter is adapter:
+                start_before = segments.pop().start
+            else:
+                start_before = start
+            segments.append(Segment(start_before, start + length, adapter))
+            start += length
+        return cls(segments)
+
+    def between(self, start: int, end: int) -> "LoraBatch":
+        """The same for tokens start..end alone, counted from start."""
+        return LoraBatch(
+            [
+                Segment(max(s.start, start) - start, min(s.end, end) - start, s.adapter)
+                for s in self.segments
+                if s.start < end and s.end > start
+            ]
+        )
+
+    def add_(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
+        """y[s] += (x[s] A_s^T) B_s^T for every segment s whose adapter changes this site.
+
+        x (N, in), y (N, out), changed in place. Other segments' rows are never touched, not even
+        multiplied by 0: 0 * NaN would carry one adapter's NaN into another's rows.
+        """
+        for segment, adapter in self._with_adapter:
+            matrices = adapter.lora.get(site)
+            if matrices is not None:
+                a, b_t = matrices
+                rows = y[segment.start : segment.end]
+                rows.addmm_(x[segment.start : segment.end] @ a.t(), b_t)
+        return y
+
+    def norm(self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """LayerNorm of x (N, C), each segment under its adapter's own weights where it has them."""
+        if name not in self._norms:
+            return F.layer_norm(x, weight.shape, weight, bias, LN_EPS)
+        out = torch.empty_like(x)
+        for s in self.segments:
+            own = s.adapter.norms.get(name) if s.adapter is not None else None
+            w, b = own if own is not None else (weight, bias)
+            out[s.start : s.end] = F.layer_norm(x[s.start : s.end], w.shape, w, b, LN_EPS)
+        return out

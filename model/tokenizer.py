@@ -1,0 +1,93 @@
+"""Text <-> ids, with character offsets; nothing is dropped in silence."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import AddedToken, decoders, models
+from tokenizers import Tokenizer as Backend
+
+
+class UntokenizableText(ValueError):
+    """The text has a character the vocabulary lacks, at `offset`."""
+
+    def __init__(self, offset: int) -> None:
+        super().__init__(f"the vocabulary lacks the character at offset {offset}")
+        self.offset = offset
+
+
+@dataclass(frozen=True)
+class Tokens:
+    ids: list[int]
+    offsets: list[tuple[int, int]]  # character ranges of the text, one an id
+
+
+class Tokenizer:
+    """The `tokenizers` library's own format, strict: a text is encoded whole or refused."""
+
+    def __init__(self, backend: Backend) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        self.backend = backend
+        special = [str(token) for token in backend.get_added_tokens_decoder().values()]
+        self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
+        self._known: set[str] = set()
+        # Bytes or an unknown token stand in for any character where they stand in for this one.
+        self._complete = self._has_token("\U0010fffd")
+        # A tokenizer that splits at spaces and drops them may drop any white space.
+        self._drops_spaces = not self._has_token(" ")
+
+    @classmethod
+    def from_file(cls, path: Path) -> "Tokenizer":
+        return cls(Backend.from_file(str(path)))
+
+    @classmethod
+    def of_characters(cls, stoi: Mapping[str, int], special: Sequence[str] = ()) -> "Tokenizer":
+        """One id a character, by a training vocabulary. Raises ValueError for longer entries."""
+        for entry in stoi:
+            if len(entry) != 1 and entry not in special:
+                raise ValueError(f"vocabulary entry {entry!r} is neither a character nor special")
+        backend = Backend(models.BPE(vocab=dict(stoi), merges=[]))
+        backend.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in special])
+        backend.decoder = decoders.Fuse()
+        return cls(backend)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.backend.get_vocab_size()
+
+    def encode(self, text: str) -> Tokens:
+        """Raises UntokenizableText where a character has no token."""
+        self._refuse_unknown(text)
+        encoding = self.backend.encode(text)
+        return Tokens(encoding.ids, encoding.offsets)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.backend.decode(list(ids), skip_special_tokens=False)
+
+    def _refuse_unknown(self, text: str) -> None:
+        # A model without an unknown token drops what it lacks and shifts the offsets behind it,
+        # so characters are looked up before encoding, each once in this object's life.
+        if self._complete:
+            return
+        unknown = {c for c in set(self._special.sub("", text)) if not self._knows(c)}
+        if unknown:
+            plain = self._special.sub(lambda match: "\0" * len(match[0]), text)
+            offsets = (i for i, c in enumerate(plain) if c in unknown and text[i] == c)
+            raise UntokenizableText(next(offsets))
+
+    def _knows(self, character: str) -> bool:
+        if character in self._known:
+            return True
+        dropped = self._drops_spaces and character.isspace()
+        if dropped or self._has_token(character):
+            self._known.add(character)
+            return True
+        return False
+
+    def _has_token(self, character: str) -> bool:
+        return bool(self.backend.encode(character, add_special_tokens=False).ids)
+
+    def save(self, path: Path) -> None:
+        self.backend.save(str(path))
