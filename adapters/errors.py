@@ -1,12 +1,12 @@
 """What can go wrong with an adapter: each error names its code, and carries its details as data."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 
 class TrunklineError(Exception):
     """A sentence for a person, a code for a program, details as data."""
 
-    code: ClassVar[str] = "internal_error"
+    code: str = "internal_error"
 
     def __init__(self, message: str, **details: Any) -> None:
         super().__init__(message)

@@ -73,7 +73,10 @@ def parse_header(file: memoryview | bytes) -> Header:
         raise Invalid("truncated", f"the file has {len(file)} bytes; a header length alone is 8")
     length = int.from_bytes(file[:8], "little")
     if length > MAX_HEADER_BYTES:
-        raise Invalid("header_too_large", f"the header is said to be {length} bytes long, more than {MAX_HEADER_BYTES}")
+        raise Invalid(
+            "header_too_large",
+            f"the header is said to be {length} bytes long, more than {MAX_HEADER_BYTES}",
+        )
     if length > len(file) - 8:
         raise Invalid("truncated", "the header is said to be longer than the file")
     fields = _parse_json(bytes(file[8 : 8 + length]))
@@ -81,7 +84,9 @@ def parse_header(file: memoryview | bytes) -> Header:
     if not fields:
         raise Invalid("no_tensors", "the file has no tensors")
     if len(fields) > MAX_TENSORS:
-        raise Invalid("too_many_tensors", f"the file has {len(fields)} tensors, more than {MAX_TENSORS}")
+        raise Invalid(
+            "too_many_tensors", f"the file has {len(fields)} tensors, more than {MAX_TENSORS}"
+        )
     tensors = {name: _parse_entry(entry) for name, entry in fields.items()}
     _check_ranges(tensors, len(file) - 8 - length)
     return Header(tensors, metadata, 8 + length)
@@ -89,7 +94,9 @@ def parse_header(file: memoryview | bytes) -> Header:
 
 def _parse_json(raw: bytes) -> dict[str, Any]:
     if not raw.startswith(b"{"):
-        raise Invalid("not_safetensors", "the header does not begin with '{': not a safetensors file")
+        raise Invalid(
+            "not_safetensors", "the header does not begin with '{': not a safetensors file"
+        )
     try:
         fields = json.loads(
             raw.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant
@@ -121,7 +128,9 @@ def _parse_metadata(value: Any) -> dict[str, str]:
 
 def _parse_entry(entry: Any) -> TensorEntry:
     if not isinstance(entry, dict) or set(entry) != _ENTRY_FIELDS:
-        raise Invalid("bad_entry", "a tensor's entry must have dtype, shape and data_offsets, no more")
+        raise Invalid(
+            "bad_entry", "a tensor's entry must have dtype, shape and data_offsets, no more"
+        )
     dtype = entry["dtype"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise Invalid("dtype", "a tensor has a dtype other than F32, F16 and BF16")
@@ -129,9 +138,13 @@ def _parse_entry(entry: Any) -> TensorEntry:
     if not _are_sizes(shape) or not 1 <= len(shape) <= MAX_DIMENSIONS or 0 in shape:
         raise Invalid("bad_shape", f"a shape must be 1 to {MAX_DIMENSIONS} positive integers")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise Invalid("bad_offsets", "data_offsets must be two integers, the first not above the second")
+        raise Invalid(
+            "bad_offsets", "data_offsets must be two integers, the first not above the second"
+        )
     if math.prod(shape) * DTYPES[dtype].itemsize != offsets[1] - offsets[0]:
-        raise Invalid("bad_offsets", "a tensor's byte range is not as long as its shape and dtype say")
+        raise Invalid(
+            "bad_offsets", "a tensor's byte range is not as long as its shape and dtype say"
+        )
     return TensorEntry(DTYPES[dtype], tuple(shape), *offsets)
 
 
@@ -168,7 +181,9 @@ def adapter_of_bytes(file: memoryview | bytes) -> AdapterSet:
     try:
         header = parse_header(view)
         tensors = {
-            name: _tensor(view[header.data_start + entry.start : header.data_start + entry.end], entry)
+            name: _tensor(
+                view[header.data_start + entry.start : header.data_start + entry.end], entry
+            )
             for name, entry in header.tensors.items()
         }
         return AdapterSet(tensors, header.metadata, f"sha256:{hashlib.sha256(view).hexdigest()}")
@@ -212,7 +227,7 @@ def write_adapter(
     base_digest: str | None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write an adapter file, whole or not at all; metadata adds to format, lora_alpha, base_digest."""
+    """Write an adapter file, whole or not at all; metadata adds to what the arguments say."""
     fields = {"format": FORMAT, "lora_alpha": repr(float(lora_alpha))} | dict(metadata or {})
     if base_digest is not None:
         fields["base_digest"] = base_digest

@@ -149,9 +149,13 @@ def _load_weights(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ImportRefused(f"{path} does not exist") from error
     except Exception as error:  # torch.load raises whatever its unpickler met
-        asked = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(r"`?([\w.]+)`? was not an allowed", str(error))
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(
+            r"`?([\w.]+)`? was not an allowed", str(error)
+        )
         if asked:
-            raise ImportRefused(f"{path} asks for {asked[1]}; only plain tensors are read") from error
+            raise ImportRefused(
+                f"{path} asks for {asked[1]}; only plain tensors are read"
+            ) from error
         raise ImportRefused(f"{path} is not a checkpoint of torch.save") from error
     if not isinstance(saved, dict):
         raise ImportRefused(f"{path} holds a {type(saved).__name__}, not a training checkpoint")

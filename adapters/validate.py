@@ -94,7 +94,9 @@ def _check_lora(
         pairs[layer, match[2]][match[3]] = shape
     ranks: dict[int, dict[str, int]] = defaultdict(dict)
     for (layer, site), pair in sorted(pairs.items()):
-        ranks[layer][site] = _check_pair(f"transformer.h.{layer}.{site}", site, pair, config, max_rank)
+        ranks[layer][site] = _check_pair(
+            f"transformer.h.{layer}.{site}", site, pair, config, max_rank
+        )
     return dict(ranks)
 
 
@@ -128,7 +130,7 @@ def _check_classifier(
     if weight != (len(labels), config.n_embd):
         raise Invalid(
             "wrong_shape",
-            f"classifier.weight must be ({len(labels)} labels, {config.n_embd}), not {list(weight)}",
+            f"classifier.weight must be ({len(labels)}, {config.n_embd}), not {list(weight)}",
         )
     if bias is not None and bias != (len(labels),):
         raise Invalid("wrong_shape", f"classifier.bias must be ({len(labels)},), not {list(bias)}")
@@ -159,9 +161,7 @@ def _check_others(shapes: Mapping[str, tuple[int, ...]], config: GPTConfig) -> N
         if name not in allowed:
             raise Invalid("unknown_tensor", f"the backbone has no {name[:100]!r}")
         if shape != allowed[name]:
-            raise Invalid(
-                "wrong_shape", f"{name} must be {list(allowed[name])}, not {list(shape)}"
-            )
+            raise Invalid("wrong_shape", f"{name} must be {list(allowed[name])}, not {list(shape)}")
 
 
 def _check_norm_pairs(
@@ -189,4 +189,6 @@ def _check_scaled(adapter: AdapterSet, serving_dtype: torch.dtype) -> None:
         if name.endswith(".B.weight"):
             scaled = b.float() * adapter.scaling(b.shape[1])
             if not torch.isfinite(scaled.to(serving_dtype)).all():
-                raise Invalid("not_finite", f"{name} times its scaling is not finite as {serving_dtype}")
+                raise Invalid(
+                    "not_finite", f"{name} times its scaling is not finite as {serving_dtype}"
+                )

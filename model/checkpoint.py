@@ -248,9 +248,7 @@ def _read_calibration(path: Path) -> Tensor | None:
     if not path.exists():
         return None
     values = _read_json(path, list)
-    proper = all(
-        type(v) in (int, float) and math.isfinite(v) and 0 <= v <= 1 for v in values
-    )
+    proper = all(type(v) in (int, float) and math.isfinite(v) and 0 <= v <= 1 for v in values)
     if len(values) != CALIBRATION_BUCKETS or not proper:
         raise BackboneError(f"{path} must hold {CALIBRATION_BUCKETS} numbers from 0 to 1")
     return torch.tensor(values, dtype=torch.float32)

@@ -56,7 +56,9 @@ class GPTConfig:
     def __post_init__(self) -> None:
         _check_types(self)
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-            _demand(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+            _demand(
+                getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}"
+            )
         _demand(
             self.n_embd % self.n_head == 0,
             f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}",
@@ -71,7 +73,9 @@ class GPTConfig:
         for name in ("critic_alpha", "lora_alpha"):
             value = getattr(self, name)
             _demand(math.isfinite(value), f"{name} must be finite, not {value}")
-        _demand(self.critic_alpha >= 0, f"critic_alpha must not be negative, not {self.critic_alpha}")
+        _demand(
+            self.critic_alpha >= 0, f"critic_alpha must not be negative, not {self.critic_alpha}"
+        )
         _demand(self.lora_alpha > 0, f"lora_alpha must be positive, not {self.lora_alpha}")
         _demand(self.lora_rank >= 0, f"lora_rank must not be negative, not {self.lora_rank}")
         _demand(self.pooling in POOLINGS, f"pooling must be one of {', '.join(POOLINGS)}")

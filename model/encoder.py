@@ -33,9 +33,9 @@ class Linear:
 
 @dataclass(frozen=True)
 class BlockWeights:
-    c_attn: Linear
+    attn_c_attn: Linear
     attn_c_proj: Linear
-    c_fc: Linear
+    mlp_c_fc: Linear
     mlp_c_proj: Linear
     ln_1: tuple[Tensor, Tensor | None]
     ln_2: tuple[Tensor, Tensor | None]
@@ -58,7 +58,7 @@ class Encoder:
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
         self._placed: dict[str, Tensor] = {}
         self.blocks = [self._block(tensors, layer) for layer in range(config.n_layer)]
-        self.ln_f = self._norm(tensors, "transformer.ln_f")
+        self.ln_f = self._pair(tensors, "transformer.ln_f")
         # (V, C) float32: ids are looked up in it, and the mask logits are taken against it
         self.wte = tensors["transformer.wte.weight"].to(self.device, torch.float32)
         cls_embedding = tensors.get("cls_embedding")
@@ -71,15 +71,19 @@ class Encoder:
             self._placed[name] = tensors[name].to(self.device, self.dtype).contiguous()
         return self._placed[name]
 
-    def _norm(self, tensors: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor | None]:
+    def _pair(self, tensors: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor | None]:
         bias = self._place(tensors, f"{name}.bias") if self.config.bias else None
         return self._place(tensors, f"{name}.weight"), bias
 
     def _block(self, tensors: Mapping[str, Tensor], layer: int) -> BlockWeights:
         home = "shared" if self.config.share_main_matrices else f"transformer.h.{layer}"
-        linears = [Linear(*self._norm(tensors, f"{home}.{path}")) for path in MAIN_MATRICES]
-        norms = [self._norm(tensors, f"transformer.h.{layer}.{norm}") for norm in ("ln_1", "ln_2")]
-        return BlockWeights(*linears, *norms)
+        linears = {
+            path.replace(".", "_"): Linear(*self._pair(tensors, f"{home}.{path}"))
+            for path in MAIN_MATRICES
+        }
+        ln_1 = self._pair(tensors, f"transformer.h.{layer}.ln_1")
+        ln_2 = self._pair(tensors, f"transformer.h.{layer}.ln_2")
+        return BlockWeights(**linears, ln_1=ln_1, ln_2=ln_2)
 
     @torch.inference_mode()
     def forward(
@@ -116,8 +120,9 @@ class Encoder:
 
     def _embed(self, ids: Tensor) -> Tensor:
         x = F.embedding(ids, self.wte)
-        if self.cls_embedding is not None:
-            is_cls = (ids == self.config.cls_token_id).unsqueeze(-1)
+        cls_token_id = self.config.cls_token_id
+        if self.cls_embedding is not None and cls_token_id is not None:
+            is_cls = ids.eq(cls_token_id).unsqueeze(-1)
             x = torch.where(is_cls, self.cls_embedding, x)
         return x.to(self.dtype)
 
@@ -131,12 +136,12 @@ class Encoder:
         cos: Tensor,
         sin: Tensor,
     ) -> Tensor:
-        qkv = lora.add_((layer, "attn.lora_qkv"), x, block.c_attn(x))  # (N, 3C)
+        qkv = lora.add_((layer, "attn.lora_qkv"), x, block.attn_c_attn(x))  # (N, 3C)
         heads = (3, self.config.n_head, self.config.head_dim)
-        q, k, v = qkv.unflatten(1, heads).unbind(1)  # (N, H, D) each
+        q, k, v = qkv.view(-1, *heads).unbind(1)  # (N, H, D) each
         y = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, batch).flatten(1)  # (N, C)
         return lora.add_((layer, "attn.lora_out"), y, block.attn_c_proj(y))
 
     def _mlp(self, layer: int, block: BlockWeights, x: Tensor, lora: LoraBatch) -> Tensor:
-        h = F.gelu(lora.add_((layer, "mlp.lora_fc"), x, block.c_fc(x)))  # (N, 4C)
+        h = F.gelu(lora.add_((layer, "mlp.lora_fc"), x, block.mlp_c_fc(x)))  # (N, 4C)
         return lora.add_((layer, "mlp.lora_proj"), h, block.mlp_c_proj(h))

@@ -71,7 +71,13 @@ class GPT(nn.Module):
         self._init_weights()
         if config.share_main_matrices:
             self._share_main_matrices()
-        self.register_load_state_dict_pre_hook(_accept_training_names)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """nn.Module's, but for the training code's prefixes and unused tensors, taken off first."""
+        cleaned, _ = clean_training_state(state_dict)
+        return super().load_state_dict(cleaned, strict, assign)
 
     @property
     def wte(self) -> nn.Embedding:
@@ -81,7 +87,7 @@ class GPT(nn.Module):
 
     @property
     def blocks(self) -> list[Block]:
-        return list(self.transformer["h"])  # type: ignore[arg-type]
+        return [block for block in self.transformer["h"].children() if isinstance(block, Block)]
 
     def _init_weights(self) -> None:
         """Normal(0.02), residual projections scaled by depth (GPT-2); LoRA keeps its own init.
@@ -127,7 +133,9 @@ class GPT(nn.Module):
         Raises ValueError for more than block_size tokens.
         """
         if idx.shape[1] > self.config.block_size:
-            raise ValueError(f"{idx.shape[1]} tokens are more than block_size {self.config.block_size}")
+            raise ValueError(
+                f"{idx.shape[1]} tokens are more than block_size {self.config.block_size}"
+            )
         if attention_mask is None:
             attention_mask = self._build_default_attention_mask(idx)
         attend = attention_mask.bool()[:, None, None, :]  # SDPA's True = may be attended to
@@ -245,7 +253,7 @@ class GPT(nn.Module):
         )
 
     def freeze_base(self, heads: bool = False) -> None:
-        """Leave only LoRA and LayerNorms trainable, and with `heads` the critic and sequence head."""
+        """Train LoRA and LayerNorms alone, and with `heads` the critic and sequence heads too."""
         self.requires_grad_(False)
         for module in self.modules():
             if isinstance(module, (LoRALinear, LayerNorm)):
@@ -256,7 +264,7 @@ class GPT(nn.Module):
                     getattr(self, name).requires_grad_(True)
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
-        """What an adapter file carries: LoRA, LayerNorms and the critic head, under their names."""
+        """What an adapter file carries: LoRA, LayerNorms and the critic head."""
         return {
             name: tensor.detach().clone()
             for name, tensor in self.state_dict().items()
@@ -279,7 +287,11 @@ class GPT(nn.Module):
                 path = f"transformer.h.{layer}.{site}"
                 a, b = state.get(f"{path}.A.weight"), state.get(f"{path}.B.weight")
                 parent, leaf = site.split(".")
-                lora = LoRALinear(1, 1) if a is None or b is None else _loaded(a, b, lora_alpha, use_rslora)
+                lora = (
+                    LoRALinear(1, 1)
+                    if a is None or b is None
+                    else _loaded(a, b, lora_alpha, use_rslora)
+                )
                 setattr(block.get_submodule(parent), leaf, lora)
         rest = {name: tensor for name, tensor in state.items() if ".lora_" not in name}
         _, strange = self.load_state_dict(rest, strict=False)
@@ -299,11 +311,3 @@ def _loaded(a: Tensor, b: Tensor, alpha: float, use_rslora: bool) -> LoRALinear:
         lora.scaling = alpha / rank**0.5
     lora.load_state_dict({"A.weight": a, "B.weight": b})
     return lora
-
-
-def _accept_training_names(_: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
-    if prefix:
-        return
-    cleaned, ___ = clean_training_state(state)
-    state.clear()
-    state.update(cleaned)

@@ -61,10 +61,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch) -> Tensor:
     """softmax(q k^T / sqrt(D)) v within each sequence: q, k, v (N, H, D) -> (N, H, D)."""
     out = torch.empty_like(v)
     for length, tokens in batch.groups:
-        parts = (
-            part[tokens].unflatten(0, (-1, length)).transpose(1, 2)  # (R, H, T, D)
-            for part in (q, k, v)
+        rows = (-1, length, *q.shape[1:])
+        y = F.scaled_dot_product_attention(  # (R, H, T, D)
+            q[tokens].view(rows).transpose(1, 2),
+            k[tokens].view(rows).transpose(1, 2),
+            v[tokens].view(rows).transpose(1, 2),
         )
-        y = F.scaled_dot_product_attention(*parts)
         out[tokens] = y.transpose(1, 2).flatten(0, 1)
     return out

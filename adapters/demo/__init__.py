@@ -1,0 +1,1 @@
+"""The adapter sets shipped for a first try."""

@@ -1,0 +1,1 @@
+"""Load tests and benchmarks: they speak HTTP to a server, but for the bench."""

@@ -1,0 +1,1 @@
+"""The trunk shipped for a first try."""

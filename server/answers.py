@@ -1,0 +1,225 @@
+"""Results to answers: JSON rows, raw float32, safetensors."""
+
+import base64
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import orjson
+from safetensors.numpy import save
+from starlette.responses import Response
+
+from adapters.registry import Version
+from model.tokenizer import Tokenizer
+from server.engine.errors import NonFiniteResult
+from server.engine.job import Floats, Result
+from server.inputs import Encoded, token_entries
+
+OCTET_STREAM = "application/octet-stream"
+SAFETENSORS = "application/vnd.safetensors"
+METADATA_HEADER = "x-trunkline-metadata"
+
+
+class JSONAnswer(Response):
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One request's rows and results, inputs outermost, and where its time went."""
+
+    rows: Sequence[Encoded]
+    results: Sequence[Result]
+    received: float  # time.monotonic()
+    tokenize_ms: float
+
+    @property
+    def usage(self) -> dict[str, int]:
+        tokens = sum(len(row.ids) for row in self.rows)
+        return {"prompt_tokens": tokens, "total_tokens": tokens}
+
+    @property
+    def timings(self) -> dict[str, float]:
+        times = {
+            "tokenize": self.tokenize_ms,
+            "queue": max(result.queue_ms for result in self.results),
+            "forward": max(result.forward_ms for result in self.results),
+            "total": (time.monotonic() - self.received) * 1e3,
+        }
+        return {name: round(ms, 3) for name, ms in times.items()}
+
+    def envelope(self, model: str, data: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "object": "list",
+            "model": model,
+            "data": data,
+            "usage": self.usage,
+            "timings_ms": self.timings,
+        }
+
+
+@dataclass(frozen=True)
+class EmbeddingForm:
+    """How a pooled row is sent: its first `dimensions`, then L2-normalised, as list or base64."""
+
+    dimensions: int | None = None
+    normalize: bool = True
+    base64: bool = False
+
+    def vector(self, pooled: Floats) -> Floats:
+        cut = pooled[: self.dimensions]
+        if not self.normalize:
+            return np.ascontiguousarray(cut)
+        norm = np.linalg.norm(cut)
+        return np.ascontiguousarray(cut / norm if norm > 0 else cut)
+
+    def sent(self, pooled: Floats) -> Floats | str:
+        vector = self.vector(pooled)
+        return base64.b64encode(vector.astype("<f4").data).decode() if self.base64 else vector
+
+
+def adapter_entry(version: Version | None) -> dict[str, Any] | None:
+    if version is None:
+        return None
+    return {"name": version.name, "version": version.number, "digest": version.digest}
+
+
+def data_rows(
+    answered: Answered, fill: Callable[[Encoded, Result], dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """An answer's data: index, adapter, and what `fill` makes of a row or the row's own error."""
+    data = []
+    for index, (row, result) in enumerate(zip(answered.rows, answered.results, strict=True)):
+        if result.error is None:
+            content = fill(row, result)
+        else:
+            content = {"error": {"code": result.error.code, "message": result.error.message}}
+        data.append({"index": index, "adapter": adapter_entry(result.adapter)} | content)
+    return data
+
+
+def encoded_row(
+    row: Encoded, result: Result, form: EmbeddingForm, tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """What /encode was asked for of one row."""
+    entry: dict[str, Any] = {"truncated": row.truncated}
+    if result.embedding is not None:
+        entry["embedding"] = form.sent(result.embedding)
+    if result.hidden is not None:
+        tokens = token_entries(row, tokenizer)
+        entry["tokens"] = [t | {"hidden": h} for t, h in zip(tokens, result.hidden, strict=True)]
+    if result.critic_logits is not None:
+        entry["critic"] = critic_summary(result) | {"tokens": critic_tokens(result)}
+    if result.masks is not None:
+        entry["logits"] = _mask_entries(result, tokenizer)
+    if result.label_scores is not None:
+        entry["labels"] = label_entries(result, None)
+    return entry
+
+
+def critic_row(row: Encoded, result: Result, tokenizer: Tokenizer) -> dict[str, Any]:
+    """/critic's row: each token with its place in the text and its critic values."""
+    pairs = zip(token_entries(row, tokenizer), critic_tokens(result), strict=True)
+    tokens = [token | scores for token, scores in pairs]
+    return critic_summary(result) | {"tokens": tokens, "truncated": row.truncated}
+
+
+def critic_summary(result: Result) -> dict[str, Any]:
+    assert result.wrongness is not None
+    score = float(result.wrongness.mean())
+    return {"score": score, "sequence_score": result.sequence_score}
+
+
+def critic_tokens(result: Result) -> list[dict[str, Any]]:
+    assert result.critic_logits is not None
+    assert result.wrongness is not None
+    pairs = zip(result.critic_logits.tolist(), result.wrongness.tolist(), strict=True)
+    return [{"logit": logit, "wrongness": wrongness} for logit, wrongness in pairs]
+
+
+def label_entries(result: Result, top_k: int | None) -> list[dict[str, Any]]:
+    """Best first; top_k None is all."""
+    assert result.labels is not None
+    assert result.label_scores is not None
+    best = np.argsort(-result.label_scores, kind="stable")[:top_k]
+    return [{"label": result.labels[i], "score": float(result.label_scores[i])} for i in best]
+
+
+def _mask_entries(result: Result, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    assert result.masks is not None
+    assert result.top_ids is not None
+    assert result.top_logprobs is not None
+    pairs = zip(result.masks, result.top_ids.tolist(), result.top_logprobs.tolist(), strict=True)
+    return [
+        {
+            "position": position,
+            "top": [
+                {"id": token, "text": tokenizer.decode([token]), "logprob": logprob}
+                for token, logprob in zip(ids, logprobs, strict=True)
+            ],
+        }
+        for position, ids, logprobs in pairs
+    ]
+
+
+def octet_answer(answered: Answered, form: EmbeddingForm) -> Response:
+    """The rows' embeddings, little-endian float32, one after the other."""
+    matrix = _embedding_matrix(answered, form)
+    metadata = _metadata(answered, matrix)
+    headers = {METADATA_HEADER: orjson.dumps(metadata).decode()}
+    return Response(matrix.tobytes(), media_type=OCTET_STREAM, headers=headers)
+
+
+def safetensors_answer(answered: Answered, form: EmbeddingForm) -> Response:
+    """Every output under `<row>.<output>`; the metadata's values are JSON."""
+    _refuse_errors(answered)
+    tensors: dict[str, Any] = {}
+    for index, result in enumerate(answered.results):
+        tensors |= {f"{index}.{name}": array for name, array in _arrays(result, form).items()}
+    has_rows = answered.results[0].embedding is not None
+    metadata = _metadata(answered, _embedding_matrix(answered, form) if has_rows else None)
+    text = {name: orjson.dumps(value).decode() for name, value in metadata.items()}
+    return Response(save(tensors, text), media_type=SAFETENSORS)
+
+
+def _arrays(result: Result, form: EmbeddingForm) -> dict[str, Any]:
+    arrays = {
+        "embedding": None if result.embedding is None else form.vector(result.embedding),
+        "tokens": result.hidden,
+        "critic": result.critic_logits,
+        "critic.wrongness": result.wrongness,
+        "logits": result.top_logprobs,
+        "logits.ids": result.top_ids,
+        "logits.positions": None if result.masks is None else np.array(result.masks, np.int64),
+        "labels": result.label_scores,
+    }
+    return {name: np.ascontiguousarray(a) for name, a in arrays.items() if a is not None}
+
+
+def _embedding_matrix(answered: Answered, form: EmbeddingForm) -> Floats:
+    _refuse_errors(answered)
+    vectors = [form.vector(r.embedding) for r in answered.results if r.embedding is not None]
+    return np.stack(vectors).astype("<f4")
+
+
+def _metadata(answered: Answered, matrix: Floats | None) -> dict[str, Any]:
+    metadata = {
+        "shape": None if matrix is None else list(matrix.shape),
+        "dtype": "float32",
+        "adapters": [adapter_entry(result.adapter) for result in answered.results],
+        "usage": answered.usage,
+    }
+    labels = [list(r.labels) if r.labels else None for r in answered.results]
+    return metadata | ({"labels": labels} if any(labels) else {})
+
+
+def _refuse_errors(answered: Answered) -> None:
+    """A binary answer has no place for a row's error, so the request as a whole has it."""
+    bad = [row for row, result in enumerate(answered.results) if result.error is not None]
+    if bad:
+        raise NonFiniteResult("rows of the result are not finite", rows=bad[:100])

@@ -1,0 +1,138 @@
+"""A request's body: read with a cap and a deadline, parsed strictly, validated off the loop."""
+
+import asyncio
+import json
+import math
+from typing import Any, TypeVar
+
+import jiter
+from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect, Request
+
+from server.errors import RequestError
+
+# A body beyond this is parsed in a worker thread, so that the event loop answers meanwhile.
+INLINE_BYTES = 64 << 10
+
+Schema = TypeVar("Schema", bound=BaseModel)
+
+
+async def read_json(request: Request, schema: type[Schema], max_bytes: int) -> Schema:
+    """The body as `schema`. Raises RequestError; no message holds what the client sent."""
+    check_json_headers(request, max_bytes)
+    raw = await _read(request, max_bytes, request.app.state.settings.receive_timeout_s)
+    if len(raw) <= INLINE_BYTES:
+        return parse(raw, schema)
+    return await asyncio.to_thread(parse, raw, schema)
+
+
+def check_json_headers(request: Request, max_bytes: int) -> None:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise RequestError("unsupported_media_type", "the body must be application/json")
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise RequestError("unsupported_media_type", "a body with a Content-Encoding is not read")
+    length = request.headers.get("content-length", "0")
+    if length.isdecimal() and int(length[:20]) > max_bytes:
+        raise _too_large(max_bytes)
+
+
+async def _read(request: Request, max_bytes: int, timeout_s: float) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(timeout_s):
+            async for part in request.stream():
+                size += len(part)
+                if size > max_bytes:
+                    raise _too_large(max_bytes)
+                parts.append(part)
+    except TimeoutError as error:
+        raise RequestError("receive_timeout", f"the body took over {timeout_s:g} s") from error
+    except ClientDisconnect as error:
+        raise RequestError("malformed_json", "the client left before its body was there") from error
+    return b"".join(parts)
+
+
+def _too_large(max_bytes: int) -> RequestError:
+    return RequestError("body_too_large", f"the body may have {max_bytes} bytes", limit=max_bytes)
+
+
+def parse(raw: bytes, schema: type[Schema]) -> Schema:
+    value = parse_json(raw)
+    if not isinstance(value, dict):
+        raise RequestError("validation_error", "the body must be a JSON object")
+    try:
+        return schema.model_validate(value)
+    except ValidationError as error:
+        if _has_infinity(value):
+            raise RequestError("non_finite_number", "a number is not finite") from error
+        raise _validation_error(error, schema) from error
+
+
+def parse_json(raw: bytes) -> Any:
+    """Strict JSON: UTF-8 without a mark, no key twice, no NaN or Infinity, no lone surrogate."""
+    try:
+        return jiter.from_json(raw, catch_duplicate_keys=True, allow_inf_nan=False)
+    except ValueError as error:
+        raise _why_not_json(raw, str(error)) from error
+
+
+def _why_not_json(raw: bytes, said: str) -> RequestError:
+    where = said[said.rfind(" at line ") :] if " at line " in said else ""
+    if "duplicate key" in said:
+        return RequestError("duplicate_key", f"an object has a key twice{where}")
+    try:
+        raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return RequestError("invalid_utf8", f"the body is not UTF-8, from byte {error.start}")
+    if "number out of range" in said:
+        return RequestError("validation_error", f"a number is out of range{where}")
+    value = _lenient_json(raw)
+    if value is not None and _has_infinity(value):
+        return RequestError("non_finite_number", f"NaN and Infinity are not JSON{where}")
+    if value is not None:  # Python reads it and the strict parser does not: a lone surrogate
+        return RequestError("validation_error", f"a string has a lone surrogate{where}")
+    return RequestError("malformed_json", f"the body is not JSON{where}")
+
+
+def _lenient_json(raw: bytes) -> Any:
+    """What Python's reader, which lets NaN and surrogates pass, makes of it; None if nothing."""
+    try:
+        return json.loads(raw) if raw[:1] in (b"{", b"[", b" ", b"\n", b"\t", b"\r", b'"') else None
+    except (ValueError, RecursionError):
+        return None
+
+
+def _has_infinity(value: Any) -> bool:
+    pending = [value]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, float) and not math.isfinite(item):
+            return True
+        if isinstance(item, dict):
+            pending.extend(item.values())
+        elif isinstance(item, list):
+            pending.extend(item)
+    return False
+
+
+def _validation_error(error: ValidationError, schema: type[BaseModel]) -> RequestError:
+    """The first fault as a sentence: a key that the schema knows, and what is wrong with it."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, InputFault):
+        return RequestError(cause.code, cause.sentence, **cause.details)
+    if first["type"] == "extra_forbidden":
+        known = ", ".join(schema.model_fields)
+        return RequestError("validation_error", f"the body has an unknown key; known are {known}")
+    key = str(first["loc"][0]) if first["loc"] else "body"
+    return RequestError("validation_error", f"{key}: {first['msg']}", key=key)
+
+
+class InputFault(ValueError):
+    """A validator's fault with a code of its own, carried through pydantic."""
+
+    def __init__(self, code: str, sentence: str, **details: Any) -> None:
+        super().__init__(sentence)
+        self.code, self.sentence, self.details = code, sentence, details

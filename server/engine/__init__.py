@@ -1,0 +1,1 @@
+"""The engine: admission, queue, batches, and the one thread that owns the device."""

@@ -1,0 +1,98 @@
+"""Engine: the one small async interface to the device, which front ends stand before."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+
+import torch
+
+from adapters.registry import FolderRegistry
+from model.checkpoint import Backbone
+from server.engine.admission import Admission, Row, TokenPermits
+from server.engine.errors import DeadlineExceeded, NotReady
+from server.engine.forward import Forward
+from server.engine.job import Ask, Result
+from server.engine.loop import EngineLoop
+from server.engine.queue import JobQueue
+from server.metrics import Metrics
+
+STUCK_AFTER_S = 2.0
+
+
+class Engine:
+    """A resident trunk and its queue. Made on the event loop that awaits it."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        registry: FolderRegistry,
+        forward: Forward,
+        metrics: Metrics,
+        *,
+        max_batch_tokens: int,
+        max_queue_tokens: int,
+        max_request_tokens: int,
+    ) -> None:
+        permits = TokenPermits(max_queue_tokens)
+        metrics.waiting_tokens.set_function(lambda: permits.held)
+        self.admission = Admission(registry, backbone, permits, max_request_tokens)
+        self.queue = JobQueue()
+        events = asyncio.get_running_loop()
+        self.loop = EngineLoop(self.queue, forward, max_batch_tokens, events, metrics)
+
+    async def encode(self, rows: Sequence[Row], ask: Ask, deadline: float) -> list[Result]:
+        """A Result a row, in order. `deadline` is of time.monotonic().
+
+        Raises a TrunklineError where the request is not admitted or its deadline is over; a
+        Result may carry an error of its own. If the caller is cancelled, rows not yet begun are
+        dropped.
+        """
+        if not self.alive:
+            raise NotReady("the engine is not running")
+        jobs, reply = self.admission.admit(rows, ask, deadline)
+        self.queue.put(jobs)
+        try:
+            async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+                return await reply.future
+        except TimeoutError as error:
+            raise DeadlineExceeded("the deadline was over before the answer was there") from error
+        finally:
+            reply.abandoned = True
+
+    @property
+    def alive(self) -> bool:
+        return self.loop.thread.is_alive()
+
+    @property
+    def ready(self) -> bool:
+        """Whether the device thread lives and no batch has been on the device for 2 s."""
+        busy = self.loop.busy_since
+        return self.alive and (busy is None or time.monotonic() - busy < STUCK_AFTER_S)
+
+    def start(self) -> None:
+        self.loop.thread.start()
+
+    async def stop(self) -> None:
+        """Let the batch under way finish, then end the thread."""
+        self.loop.stopping = True
+        self.queue.close()
+        await asyncio.to_thread(self.loop.thread.join)
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the device computes in it natively, else float32."""
+    if name != "auto":
+        return torch.float32 if name == "float32" else torch.bfloat16
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        capabilities = torch.cpu.get_capabilities()
+        native = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return torch.bfloat16 if native else torch.float32

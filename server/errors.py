@@ -1,0 +1,70 @@
+"""The table: every code an answer can carry and its status. Handlers contain no try."""
+
+from typing import Any
+
+from adapters.errors import TrunklineError
+
+STATUS = {
+    "malformed_json": 400,
+    "invalid_utf8": 400,
+    "duplicate_key": 400,
+    "non_finite_number": 400,
+    "unauthorized": 401,
+    "forbidden": 403,
+    "not_found": 404,
+    "adapter_not_found": 404,
+    "version_not_found": 404,
+    "method_not_allowed": 405,
+    "receive_timeout": 408,
+    "version_conflict": 409,
+    "name_conflict": 409,
+    "critic_not_available": 409,
+    "classifier_not_available": 409,
+    "length_required": 411,
+    "body_too_large": 413,
+    "too_many_inputs": 413,
+    "too_many_tokens": 413,
+    "unsupported_media_type": 415,
+    "validation_error": 422,
+    "sequence_too_long": 422,
+    "token_out_of_range": 422,
+    "untokenizable_text": 422,
+    "empty_input": 422,
+    "invalid_adapter": 422,
+    "adapter_has_no_effect": 422,
+    "non_finite_result": 424,
+    "quota_exceeded": 429,
+    "headers_too_large": 431,
+    "internal_error": 500,
+    "overloaded": 503,
+    "draining": 503,
+    "not_ready": 503,
+    "read_only": 503,
+    "deadline_exceeded": 504,
+    "storage_full": 507,
+}
+
+MAX_ERROR_BYTES = 4096
+
+
+class RequestError(TrunklineError):
+    """A fault of the request that the edge itself finds; its code is one of STATUS."""
+
+    def __init__(self, code: str, message: str, **details: Any) -> None:
+        super().__init__(message, **details)
+        assert code in STATUS, f"{code} is not in the table"
+        self.code = code
+
+
+def error_body(error: TrunklineError, request_id: str | None) -> dict[str, Any]:
+    """The one error shape of API.md; it never holds what the client sent."""
+    shape = {"code": error.code, "message": error.message, "details": error.details}
+    return {"error": shape | {"request_id": request_id}}
+
+
+def openai_error_body(error: TrunklineError) -> dict[str, Any]:
+    """The shape of /v1: what the official client makes its exceptions of."""
+    status = STATUS[error.code]
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    shape = {"message": error.message, "type": kind, "param": None, "code": error.code}
+    return {"error": shape}

@@ -1,0 +1,1 @@
+"""One file a noun; handlers contain no try."""

@@ -1,0 +1,44 @@
+"""POST /critic and /classify: the same job as /encode, with the answer in another shape."""
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from server.answers import JSONAnswer, critic_row, data_rows, label_entries
+from server.bodies import read_json
+from server.engine.job import Ask
+from server.routes.documented import INFER, errors, json_body
+from server.routes.inference import answer
+from server.schemas import ClassifyRequest, CriticRequest
+from server.state import state_of
+
+router = APIRouter(tags=["inference"])
+
+
+@router.post(
+    "/critic",
+    responses=errors(*INFER, "critic_not_available"),
+    openapi_extra=json_body(CriticRequest),
+)
+async def critic(request: Request) -> Response:
+    """How likely each token is wrong, by the critic head."""
+    state = state_of(request)
+    body = await read_json(request, CriticRequest, state.settings.max_body_bytes)
+    answered = await answer(request, body, Ask(frozenset({"critic"})))
+    tokenizer = state.backbone.tokenizer
+    data = data_rows(answered, lambda row, result: critic_row(row, result, tokenizer))
+    return JSONAnswer(answered.envelope(state.backbone.id, data))
+
+
+@router.post(
+    "/classify",
+    responses=errors(*INFER, "classifier_not_available"),
+    openapi_extra=json_body(ClassifyRequest),
+)
+async def classify(request: Request) -> Response:
+    """The labels of the adapter's classifier, best first."""
+    state = state_of(request)
+    body = await read_json(request, ClassifyRequest, state.settings.max_body_bytes)
+    answered = await answer(request, body, Ask(frozenset({"labels"})))
+    data = data_rows(answered, lambda _, result: {"labels": label_entries(result, body.top_k)})
+    return JSONAnswer(answered.envelope(state.backbone.id, data))

@@ -1,0 +1,66 @@
+"""POST /encode: several outputs out of one forward, under one adapter or several."""
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from model.encoder import FINAL
+from server.answers import (
+    OCTET_STREAM,
+    SAFETENSORS,
+    EmbeddingForm,
+    JSONAnswer,
+    data_rows,
+    encoded_row,
+    octet_answer,
+    safetensors_answer,
+)
+from server.bodies import read_json
+from server.engine.errors import BadInput
+from server.engine.job import Ask
+from server.routes.documented import INFER, errors, json_body
+from server.routes.inference import answer
+from server.schemas import EncodeRequest
+from server.state import ServerState, state_of
+
+router = APIRouter(tags=["inference"])
+
+
+@router.post(
+    "/encode",
+    responses=errors(*INFER, "critic_not_available", "classifier_not_available"),
+    openapi_extra=json_body(EncodeRequest),
+)
+async def encode(request: Request) -> Response:
+    """Embeddings, token states, critic values, mask logits and labels of texts or token ids."""
+    state = state_of(request)
+    body = await read_json(request, EncodeRequest, state.settings.max_body_bytes)
+    accept = request.headers.get("accept", "")
+    form = _embedding_form(body, state)
+    if OCTET_STREAM in accept and body.outputs != ["embedding"]:
+        raise BadInput(f"{OCTET_STREAM} carries embeddings alone: leave out other outputs")
+    answered = await answer(request, body, _ask(body, state))
+    if OCTET_STREAM in accept:
+        return octet_answer(answered, form)
+    if SAFETENSORS in accept:
+        return safetensors_answer(answered, form)
+    tokenizer = state.backbone.tokenizer
+    data = data_rows(answered, lambda row, result: encoded_row(row, result, form, tokenizer))
+    return JSONAnswer(answered.envelope(state.backbone.id, data))
+
+
+def _embedding_form(body: EncodeRequest, state: ServerState) -> EmbeddingForm:
+    check_dimensions(body.dimensions, state)
+    return EmbeddingForm(body.dimensions, body.normalize, body.encoding_format == "base64")
+
+
+def check_dimensions(dimensions: int | None, state: ServerState) -> None:
+    """Raises BadInput for more dimensions than a row has."""
+    if dimensions is not None and dimensions > state.backbone.config.n_embd:
+        raise BadInput(f"dimensions must be 1 to {state.backbone.config.n_embd}")
+
+
+def _ask(body: EncodeRequest, state: ServerState) -> Ask:
+    pooling = body.pooling or state.backbone.config.pooling
+    layer = FINAL if body.layer is None else body.layer
+    return Ask(frozenset(body.outputs), pooling, layer, body.top_k)

@@ -1,0 +1,76 @@
+"""The way of every inference request: tokenise, submit, wait, or notice that the client left."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.requests import ClientDisconnect, Request
+
+from server.answers import Answered
+from server.engine.admission import Row
+from server.engine.errors import TooManyInputs
+from server.engine.job import Ask, Ids, Result
+from server.inputs import encode_inputs
+from server.schemas import InferenceRequest
+from server.state import ServerState, state_of
+
+
+async def answer(request: Request, body: InferenceRequest, ask: Ask) -> Answered:
+    """Every input under every adapter, inputs outermost."""
+    return await answer_inputs(
+        request, body.inputs, body.references, ask, body.truncate, body.timeout_ms
+    )
+
+
+async def answer_inputs(
+    request: Request,
+    inputs: Sequence[str | Ids],
+    references: Sequence[str | None],
+    ask: Ask,
+    truncate: bool = False,
+    timeout_ms: int | None = None,
+) -> Answered:
+    state = state_of(request)
+    received: float = request.state.received
+    _check_count(len(inputs) * len(references), state)
+    began = time.monotonic()
+    limit = state.backbone.config.block_size if truncate else None
+    encoded = await encode_inputs(inputs, state.backbone.tokenizer, limit)
+    tokenize_ms = (time.monotonic() - began) * 1e3
+    rows = [Row(item.ids, reference) for item in encoded for reference in references]
+    timeout_s = (timeout_ms or state.settings.default_timeout_ms) / 1e3
+    results = await _unless_client_leaves(
+        request, state.engine.encode(rows, ask, received + timeout_s)
+    )
+    if all(result.error is not None for result in results):
+        assert results[0].error is not None
+        raise results[0].error
+    spread = [item for item in encoded for _ in references]
+    return Answered(spread, results, received, tokenize_ms)
+
+
+def _check_count(rows: int, state: ServerState) -> None:
+    limit = state.settings.max_inputs
+    if rows > limit:
+        raise TooManyInputs(f"the request has {rows} rows; the limit is {limit}", limit=limit)
+
+
+async def _unless_client_leaves(request: Request, work: Any) -> list[Result]:
+    """What `work` returns; cancelled, so that its rows are dropped, when the client has left."""
+    task = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(_client_left(request))
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        results: list[Result] = task.result()
+        return results
+    finally:
+        task.cancel()
+        watch.cancel()
+
+
+async def _client_left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,57 @@
+"""POST /v1/embeddings and GET /v1/models: OpenAI's shapes, so that its clients work unchanged."""
+
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from adapters.names import BASE
+from server.answers import EmbeddingForm, JSONAnswer, data_rows
+from server.bodies import read_json
+from server.engine.job import Ask
+from server.routes.documented import INFER, READ, errors, json_body
+from server.routes.encode import check_dimensions
+from server.routes.inference import answer_inputs
+from server.schemas import EmbeddingsRequest
+from server.state import ServerState, state_of
+
+router = APIRouter(prefix="/v1", tags=["openai"])
+
+
+@router.post("/embeddings", responses=errors(*INFER), openapi_extra=json_body(EmbeddingsRequest))
+async def embeddings(request: Request) -> Response:
+    """Pooled rows, L2-normalised; `model` is an adapter reference, the backbone's id or base."""
+    state = state_of(request)
+    body = await read_json(request, EmbeddingsRequest, state.settings.max_body_bytes)
+    check_dimensions(body.dimensions, state)
+    ask = Ask(frozenset({"embedding"}), state.backbone.config.pooling)
+    answered = await answer_inputs(request, body.input, [_reference(body.model, state)], ask)
+    form = EmbeddingForm(body.dimensions, base64=body.encoding_format == "base64")
+    data = data_rows(
+        answered,
+        lambda _, result: {
+            "object": "embedding",
+            "embedding": None if result.embedding is None else form.sent(result.embedding),
+        },
+    )
+    return JSONAnswer(answered.envelope(body.model, data))
+
+
+def _reference(model: str, state: ServerState) -> str | None:
+    """The backbone's own id means the backbone, unless an adapter has that very name."""
+    names = {version.name for version in state.registry}
+    return None if model == BASE or (model == state.backbone.id and model not in names) else model
+
+
+@router.get("/models", responses=errors(*READ))
+async def models(request: Request) -> Response:
+    """The backbone and every adapter."""
+    state = state_of(request)
+    data = [_model(state.backbone.id, state.started)]
+    data += [_model(version.name, version.created_at) for version in state.registry]
+    return JSONAnswer({"object": "list", "data": data})
+
+
+def _model(name: str, created: float) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": int(created), "owned_by": "trunkline"}

@@ -1,0 +1,72 @@
+"""Health, readiness, metrics, and what is served."""
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+
+from server import __version__
+from server.answers import JSONAnswer
+from server.engine.errors import NotReady
+from server.routes.documented import READ, errors
+from server.state import state_of
+
+router = APIRouter(tags=["operations"])
+
+
+@router.get("/health")
+async def health() -> Response:
+    """The process is alive. Answered by the event loop alone; never waits for a forward."""
+    return JSONAnswer({"status": "ok"})
+
+
+@router.get("/ready", responses=errors("not_ready", "draining"))
+async def ready(request: Request) -> Response:
+    """Whether to send traffic here: the device thread lives and is not stuck."""
+    if not state_of(request).engine.ready:
+        raise NotReady("the engine is not running, or stuck for 2 s")
+    return JSONAnswer({"status": "ready"})
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Prometheus' text format."""
+    exposition = state_of(request).metrics.exposition()
+    return Response(exposition, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+@router.get("/info", responses=errors(*READ))
+async def info(request: Request) -> Response:
+    """The backbone, its config, where and in which dtype it runs, and the limits."""
+    state = state_of(request)
+    backbone, settings = state.backbone, state.settings
+    limits = settings.model_dump(
+        include={
+            "max_batch_tokens",
+            "max_queue_tokens",
+            "max_inputs",
+            "max_request_tokens",
+            "max_body_bytes",
+            "default_timeout_ms",
+        }
+    )
+    heads = {
+        "critic": state.engine.admission.has_critic,
+        "sequence": "sequence_head.A" in backbone.tensors,
+        "calibration": backbone.calibration is not None,
+    }
+    return JSONAnswer(
+        {
+            "version": __version__,
+            "backbone": {"id": backbone.id, "digest": backbone.digest, "heads": heads},
+            "config": backbone.config.to_dict(),
+            "dtype": state.dtype,
+            "device": state.device,
+            "adapters": sum(1 for _ in state.registry),
+            "limits": limits | {"block_size": backbone.config.block_size},
+        }
+    )
+
+
+@router.get("/", include_in_schema=False)
+async def root() -> Response:
+    return RedirectResponse("/docs")

@@ -1,0 +1,122 @@
+"""Requests, strict: no value is converted, no unknown key passes."""
+
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+
+from server.bodies import InputFault
+from server.engine.job import Ids
+
+Output = Literal["embedding", "tokens", "critic", "logits", "labels"]
+Pooling = Literal["mean", "cls", "last"]
+
+
+def parse_inputs(value: Any) -> list[str | Ids]:
+    """The four shapes of `inputs` as a list of rows, in one pass. Raises InputFault."""
+    if isinstance(value, str):
+        return [_text(value)]
+    if not isinstance(value, list):
+        raise InputFault(
+            "validation_error", "inputs must be a text, a list of ids, or a list of those"
+        )
+    if not value:
+        raise InputFault("empty_input", "inputs is empty")
+    if type(value[0]) is int:
+        return [_ids(value, None)]
+    return [_text(item, i) if type(item) is str else _ids(item, i) for i, item in enumerate(value)]
+
+
+def _text(value: str, row: int | None = None) -> str:
+    if not value:
+        raise InputFault("empty_input", "a text is empty", row=row)
+    return value
+
+
+def _ids(value: Any, row: int | None) -> Ids:
+    if not isinstance(value, list):
+        raise InputFault(
+            "validation_error", "a row of inputs is neither a text nor a list of ids", row=row
+        )
+    if not value:
+        raise InputFault("empty_input", "a row of inputs is empty", row=row)
+    if any(type(item) is not int for item in value):
+        raise InputFault("validation_error", "token ids must be integers", row=row)
+    try:
+        return np.array(value, dtype=np.int64)
+    except OverflowError as error:
+        raise InputFault("token_out_of_range", "a token id is out of any range", row=row) from error
+
+
+_ROW_SCHEMA = [{"type": "string"}, {"type": "array", "items": {"type": "integer"}}]
+Inputs = Annotated[
+    list[Any],
+    BeforeValidator(parse_inputs),
+    WithJsonSchema(
+        {
+            "anyOf": [*_ROW_SCHEMA, {"type": "array", "items": {"anyOf": _ROW_SCHEMA}}],
+            "description": "A text, a list of token ids, or a list of either.",
+        }
+    ),
+]
+Reference = Annotated[str, Field(description="name, name@3, name@alias, name@sha256:<hex>, base")]
+
+
+class StrictModel(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
+
+
+class InferenceRequest(StrictModel):
+    """What /encode, /critic and /classify have in common."""
+
+    adapter: Reference | None = None
+    adapters: Annotated[list[Reference], Field(min_length=1, max_length=256)] | None = None
+    inputs: Inputs
+    truncate: bool = False
+    timeout_ms: Annotated[int, Field(ge=1, le=3_600_000)] | None = None
+
+    @model_validator(mode="after")
+    def _one_kind_of_adapter(self) -> "InferenceRequest":
+        if self.adapter is not None and self.adapters is not None:
+            raise InputFault("validation_error", "give adapter or adapters, not both")
+        return self
+
+    @property
+    def references(self) -> list[str | None]:
+        return list(self.adapters) if self.adapters is not None else [self.adapter]
+
+
+class EncodeRequest(InferenceRequest):
+    outputs: Annotated[list[Output], Field(min_length=1)] = ["embedding"]
+    pooling: Pooling | None = None
+    normalize: bool = True
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+    layer: Annotated[int, Field(ge=1)] | None = None
+    top_k: Annotated[int, Field(ge=1, le=1000)] = 5
+    encoding_format: Literal["float", "base64"] = "float"
+
+
+class CriticRequest(InferenceRequest):
+    pass
+
+
+class ClassifyRequest(InferenceRequest):
+    top_k: Annotated[int, Field(ge=1)] | None = None
+
+
+class EmbeddingsRequest(StrictModel):
+    """OpenAI's shape."""
+
+    model: Reference
+    input: Inputs
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+    user: str | None = None
+
+
+class TokenizeRequest(StrictModel):
+    inputs: Inputs
+
+
+class DetokenizeRequest(StrictModel):
+    ids: Inputs

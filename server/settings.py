@@ -1,0 +1,65 @@
+"""The one settings object: flags, then TRUNKLINE_* in the environment, then a TOML file."""
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+ENV_PREFIX = "TRUNKLINE_"
+
+
+class Settings(BaseModel):
+    """Read once, at start. An unknown key, in the file or the environment, is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    backbone: Path | None = Field(None, description="Backbone folder; default: the demo trunk.")
+    adapters: Path | None = Field(
+        None, description="Folder of adapter files; default: BACKBONE/adapters where it is there."
+    )
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N; auto prefers a GPU.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Serving dtype; auto is bfloat16 where the device has it natively."
+    )
+    threads: int = Field(0, ge=0, description="CPU threads for the forward; 0 is one a core.")
+    max_batch_tokens: int = Field(4096, ge=1, description="Tokens in one batch.")
+    max_queue_tokens: int = Field(
+        262_144, ge=1, description="Tokens admitted and not answered yet; beyond: 503 overloaded."
+    )
+    max_inputs: int = Field(2048, ge=1, description="Rows of one request; beyond: 413.")
+    max_request_tokens: int = Field(131_072, ge=1, description="Tokens of one request.")
+    max_body_bytes: int = Field(8 << 20, ge=1, description="Bytes of a JSON body; beyond: 413.")
+    default_timeout_ms: int = Field(
+        30_000, ge=1, description="Deadline of a request that names none."
+    )
+    receive_timeout_s: float = Field(
+        30.0, gt=0, description="Seconds a body may take to arrive; beyond: 408."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Log level."
+    )
+
+
+class BadSettings(ValueError):
+    """A setting that can't be, with the sentence for it."""
+
+
+def load_settings(flags: dict[str, Any], file: Path | None = None) -> Settings:
+    """Flags over the environment over the file over the defaults. Raises BadSettings."""
+    environment = {
+        name.removeprefix(ENV_PREFIX).lower(): value
+        for name, value in os.environ.items()
+        if name.startswith(ENV_PREFIX)
+    }
+    try:
+        from_file = tomllib.loads(file.read_text("utf-8")) if file else {}
+        return Settings(**from_file | environment | flags)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise BadSettings(f"setting {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    except (OSError, ValueError) as error:
+        raise BadSettings(f"settings file {file}: {error}") from error
