@@ -1,4 +1,4 @@
-"""trunkline: serve, import."""
+"""trunkline serve."""
 
 import sys
 import typing
@@ -10,18 +10,11 @@ import uvicorn
 from fastapi import FastAPI
 
 from adapters.errors import TrunklineError
-from adapters.importers import ImportRefused, import_checkpoint
 from model.checkpoint import BackboneError
 from server import __version__
 from server.app import create_app
 from server.logs import configure_logs
 from server.settings import BadSettings, Settings, load_settings
-
-
-@click.group()
-@click.version_option(__version__)
-def main() -> None:
-    """One resident trunk, thousands of adapters."""
 
 
 def _flag(name: str) -> click.Option:
@@ -85,40 +78,13 @@ def _announce(app: FastAPI, settings: Settings, port: int) -> None:
     sys.stdout.flush()
 
 
-main.add_command(
-    click.Command(
-        "serve",
-        callback=_serve,
-        help=_serve.__doc__,
-        params=[
-            click.Argument(["backbone"], required=False, type=click.Path(path_type=Path)),
-            click.Option(["--config"], type=click.Path(path_type=Path), help="A TOML file."),
-            *(_flag(name) for name in Settings.model_fields if name != "backbone"),
-        ],
-    )
+serve = click.Command(
+    "serve",
+    callback=_serve,
+    help=_serve.__doc__,
+    params=[
+        click.Argument(["backbone"], required=False, type=click.Path(path_type=Path)),
+        click.Option(["--config"], type=click.Path(path_type=Path), help="A TOML file."),
+        *(_flag(name) for name in Settings.model_fields if name != "backbone"),
+    ],
 )
-
-
-@main.command("import")
-@click.argument("ckpt", type=click.Path(path_type=Path))
-@click.option("--meta", required=True, type=click.Path(path_type=Path), help="Its meta.pkl.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Backbone folder.")
-@click.option("--name", help="The adapter's name. [default: from CKPT's file name]")
-def import_(ckpt: Path, meta: Path, out: Path, name: str | None) -> None:
-    """Make a backbone folder and an adapter of a training checkpoint.
-
-    Run again with a second checkpoint of the same trunk, it adds that one's adapter.
-    """
-    try:
-        imported = import_checkpoint(ckpt, meta, out, name)
-    except (ImportRefused, TrunklineError) as error:
-        raise click.ClickException(str(error)) from error
-    if imported.backbone:
-        click.echo(f"backbone: {imported.backbone}")
-    click.echo(f"adapter:  {imported.adapter}")
-    if imported.dropped:
-        click.echo(f"dropped, not used in serving: {', '.join(imported.dropped)}")
-
-
-if __name__ == "__main__":
-    main()

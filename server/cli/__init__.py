@@ -1,0 +1,17 @@
+"""trunkline: the command line, one file a command."""
+
+import click
+
+from server import __version__
+from server.cli.checkpoints import import_
+from server.cli.serve import serve
+
+
+@click.group()
+@click.version_option(__version__)
+def main() -> None:
+    """One resident trunk, thousands of adapters."""
+
+
+for command in (serve, import_):
+    main.add_command(command)
