@@ -37,3 +37,41 @@ class Invalid(TrunklineError):
 
 class NoEffect(TrunklineError):
     code = "adapter_has_no_effect"
+
+
+class Conflict(TrunklineError):
+    """A condition (If-Match, If-None-Match) that no longer holds."""
+
+    code = "version_conflict"
+
+
+class NameConflict(TrunklineError):
+    code = "name_conflict"
+
+
+class PoolFull(TrunklineError):
+    """No room among the slots, and none to be had by eviction."""
+
+    code = "overloaded"
+
+
+class StorageFull(TrunklineError):
+    code = "storage_full"
+
+
+class ReadOnly(TrunklineError):
+    """The disk takes no writes; what is there is still served."""
+
+    code = "read_only"
+
+
+class Damaged(TrunklineError):
+    """A stored file is not what its digest says."""
+
+    code = "adapter_damaged"
+
+
+class InUse(TrunklineError):
+    """Another process has the data folder."""
+
+    code = "in_use"

@@ -7,7 +7,6 @@ refused with a reason, from the header alone where the header shows it.
 import hashlib
 import json
 import math
-import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +66,7 @@ class AdapterSet:
         return self.lora_alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
-def parse_header(file: memoryview | bytes) -> Header:
+def parse_header(file: bytes | bytearray) -> Header:
     """The header of a whole file in memory. Raises Invalid; makes no tensor."""
     if len(file) < 8:
         raise Invalid("truncated", f"the file has {len(file)} bytes; a header length alone is 8")
@@ -168,32 +167,22 @@ def _check_ranges(tensors: Mapping[str, TensorEntry], data_bytes: int) -> None:
 
 def read_adapter(path: Path) -> AdapterSet:
     """Read and hash an adapter file. Raises Invalid for what is not one, OSError as open() does."""
-    with path.open("rb") as file:
-        if file.seek(0, 2) == 0:
-            raise Invalid("truncated", "the file is empty")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            return adapter_of_bytes(memoryview(mapped).toreadonly())
+    return parse_adapter(bytearray(path.read_bytes()))
 
 
-def adapter_of_bytes(file: memoryview | bytes) -> AdapterSet:
-    """The same for a file in memory; the tensors are copies, in memory of their own."""
-    view = memoryview(file)
-    try:
-        header = parse_header(view)
-        tensors = {
-            name: _tensor(
-                view[header.data_start + entry.start : header.data_start + entry.end], entry
-            )
-            for name, entry in header.tensors.items()
-        }
-        return AdapterSet(tensors, header.metadata, f"sha256:{hashlib.sha256(view).hexdigest()}")
-    finally:
-        view.release()
-
-
-def _tensor(raw: memoryview, entry: TensorEntry) -> Tensor:
-    with raw:
-        return torch.frombuffer(bytearray(raw), dtype=entry.dtype).view(entry.shape)
+def parse_adapter(file: bytearray) -> AdapterSet:
+    """The same for a file in memory; its tensors are views of it."""
+    header = parse_header(file)
+    tensors = {
+        name: torch.frombuffer(
+            file,
+            dtype=entry.dtype,
+            count=math.prod(entry.shape),
+            offset=header.data_start + entry.start,
+        ).view(entry.shape)
+        for name, entry in header.tensors.items()
+    }
+    return AdapterSet(tensors, header.metadata, f"sha256:{hashlib.sha256(file).hexdigest()}")
 
 
 def adapter_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from adapters.errors import BadName
 
 BASE = "base"  # the backbone alone, never an adapter's name
+CURRENT = "current"  # the alias behind a bare name
 # The part of a route behind an adapter's name; a namespaced name must not end in one.
 ROUTE_WORDS = {"load", "unload", "pin", "unpin", "versions", "aliases"}
 MIN_DIGEST_PREFIX = 12

@@ -1,18 +1,44 @@
-"""Which adapter a reference means: names to immutable versions, each known by its digest."""
+"""The registry: durable names, immutable versions, pointers with generations.
 
-from collections.abc import Iterator
+SQLite in WAL mode with synchronous=FULL: what a method returned from is there after a power cut.
+A name is resolved by one read; everything behind it is keyed by digest.
+"""
+
+import json
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
-import torch
+from adapters.errors import Conflict, Damaged, NotFound, ReadOnly, StorageFull, VersionNotFound
+from adapters.names import CURRENT, check_alias, parse_reference
+from adapters.store import Blob
+from adapters.validate import Manifest
 
-from adapters.errors import Invalid, NotFound, VersionNotFound
-from adapters.format import read_adapter
-from adapters.names import Reference, check_name, parse_reference
-from adapters.slots import weights_of
-from adapters.validate import Manifest, validate
-from model.checkpoint import Backbone
-from model.lora import AdapterWeights
+SCHEMA = (Path(__file__).parent / "schema.sql").read_text("utf-8")
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known of a digest since its upload."""
+
+    manifest: Manifest
+    metadata: Mapping[str, str]
+    probe_delta: float  # norm of the probe's change over the norm of the base's states
+
+    def to_json(self) -> str:
+        manifest = self.manifest.to_dict()
+        return json.dumps([manifest, dict(self.metadata), self.probe_delta], sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Record":
+        manifest, metadata, probe_delta = json.loads(text)
+        return cls(Manifest.from_dict(manifest), metadata, probe_delta)
 
 
 @dataclass(frozen=True)
@@ -22,56 +48,381 @@ class Version:
     name: str
     number: int
     digest: str  # sha256:<64 hex> of its file
-    manifest: Manifest
     bytes: int
     created_at: float  # seconds since 1970
+    record: Record
+    damaged: bool = False  # its file was put away; uploading the same bytes again mends it
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.record.manifest
 
 
-class FolderRegistry:
-    """The adapter files of one folder, read at start; every name has the one version 1."""
+@dataclass(frozen=True)
+class Pointer:
+    alias: str
+    number: int | None
+    previous: int | None
+    generation: int
 
-    def __init__(
-        self, folder: Path | None, backbone: Backbone, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self._versions: dict[str, Version] = {}
-        self._weights: dict[str, AdapterWeights] = {}
-        for path in sorted(folder.rglob("*.safetensors")) if folder else ():
-            assert folder is not None
-            name = path.relative_to(folder).with_suffix("").as_posix()
-            check_name(name)
+
+@dataclass(frozen=True)
+class Named:
+    """A name with its live versions, oldest first, and its pointers."""
+
+    name: str
+    versions: Sequence[Version]
+    pointers: Sequence[Pointer]
+
+    @property
+    def current(self) -> Version | None:
+        at = {pointer.alias: pointer.number for pointer in self.pointers}.get(CURRENT)
+        return next((version for version in self.versions if version.number == at), None)
+
+
+_VERSION = """SELECT v.name, v.number, v.digest, b.bytes, v.created_at, b.record, b.damaged
+    FROM versions v JOIN blobs b ON b.digest = v.digest WHERE v.deleted_at IS NULL"""
+
+
+class Registry:
+    """One file. Reads go through a connection of each thread's own, writes one at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._local = threading.local()
+        self._connections: list[sqlite3.Connection] = []
+        self._writing = threading.RLock()
+        with _database_errors():
+            self._reader().executescript(SCHEMA)
+
+    def close(self) -> None:
+        for connection in self._connections:
+            connection.close()
+
+    def _reader(self) -> sqlite3.Connection:
+        connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
+        if connection is None:
+            connection = sqlite3.connect(
+                self._path, isolation_level=None, timeout=30, check_same_thread=False
+            )
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
+            self._local.connection = connection
+            self._connections.append(connection)
+        return connection
+
+    @contextmanager
+    def writing(self) -> Iterator[sqlite3.Connection]:
+        """One transaction: committed, and on the disk, when the block ends; or nothing of it."""
+        with self._writing, _database_errors():
+            connection = self._reader()
+            connection.execute("BEGIN IMMEDIATE")
             try:
-                adapter = read_adapter(path)
-                manifest = validate(adapter, backbone.config, backbone.digest, dtype)
-            except Invalid as error:
-                raise Invalid(error.details["reason"], f"{path}: {error.message}") from error
-            stat = path.stat()
-            self._versions[name] = Version(
-                name, 1, adapter.digest, manifest, stat.st_size, stat.st_mtime
-            )
-            self._weights[adapter.digest] = weights_of(
-                adapter, backbone.config, dtype, lambda t, d: t.to(device, d).contiguous()
-            )
+                yield connection
+                connection.execute("COMMIT")
+            except BaseException:
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+                raise
 
-    def __iter__(self) -> Iterator[Version]:
-        return iter(self._versions.values())
+    # Reading.
 
     def resolve(self, reference: str) -> Version:
-        """Raises BadName, NotFound or VersionNotFound."""
+        """The version a reference means now. Raises BadName, NotFound, VersionNotFound, Damaged."""
         parsed = parse_reference(reference)
-        version = self._versions.get(parsed.name)
-        if version is None:
+        if parsed.version is not None:
+            found = self._versions("AND v.name = ? AND v.number = ?", parsed.name, parsed.version)
+        elif parsed.digest is not None:
+            condition = "AND v.name = ? AND v.digest >= ? AND v.digest < ? ORDER BY v.number DESC"
+            found = self._versions(condition, parsed.name, parsed.digest, parsed.digest + "g")
+            if len({version.digest for version in found}) > 1:
+                raise VersionNotFound(f"{parsed.name} has several versions of this digest prefix")
+        else:
+            condition = """AND v.name = ? AND v.number = (
+                SELECT number FROM pointers WHERE name = v.name AND alias = ?)"""
+            found = self._versions(condition, parsed.name, parsed.alias or CURRENT)
+        if found and found[0].damaged:
+            raise Damaged(f"the file of {found[0].name}@{found[0].number} is damaged")
+        if found:
+            return found[0]
+        if not self.exists(parsed.name):
             raise NotFound(f"no adapter is named {parsed.name}")
-        if not _names(parsed, version):
-            raise VersionNotFound(f"{parsed.name} has no such version")
-        return version
+        raise VersionNotFound(f"{parsed.name} has no such version, or none that is current")
 
-    def weights(self, digest: str) -> AdapterWeights:
-        return self._weights[digest]
+    def exists(self, name: str) -> bool:
+        rows = self._rows(
+            "SELECT 1 FROM versions WHERE name = ? AND deleted_at IS NULL LIMIT 1", name
+        )
+        return bool(rows)
+
+    def knows(self, name: str, digest: str) -> bool:
+        """Whether the digest was ever a version of the name, deleted or not."""
+        return bool(
+            self._rows("SELECT 1 FROM versions WHERE name = ? AND digest = ?", name, digest)
+        )
+
+    def named(self, name: str) -> Named:
+        """Raises NotFound."""
+        found = self._named([name])
+        if not found:
+            raise NotFound(f"no adapter is named {name}")
+        return found[0]
+
+    def page(self, after: str = "", limit: int = 100) -> list[Named]:
+        """Names in order, those behind `after`."""
+        rows = self._rows(
+            """SELECT DISTINCT name FROM versions WHERE deleted_at IS NULL AND name > ?
+            ORDER BY name LIMIT ?""",
+            after,
+            limit,
+        )
+        return self._named([row[0] for row in rows])
+
+    def count(self) -> int:
+        rows = self._rows("SELECT count(DISTINCT name) FROM versions WHERE deleted_at IS NULL")
+        count: int = rows[0][0]
+        return count
+
+    def creation_times(self) -> dict[str, float]:
+        """Of every name, in order, when its oldest live version was made."""
+        rows = self._rows(
+            """SELECT name, min(created_at) FROM versions WHERE deleted_at IS NULL
+            GROUP BY name ORDER BY name"""
+        )
+        return dict(rows)
+
+    def blobs(self) -> dict[str, Blob]:
+        """What the store must hold, by digest."""
+        rows = self._rows("SELECT digest, bytes, mtime_ns FROM blobs")
+        return {digest: Blob(digest, size, mtime) for digest, size, mtime in rows}
+
+    def stored_bytes(self) -> int:
+        total: int = self._rows("SELECT coalesce(sum(bytes), 0) FROM blobs")[0][0]
+        return total
+
+    def pinned(self) -> list[str]:
+        return [row[0] for row in self._rows("SELECT digest FROM blobs WHERE pinned")]
+
+    def audit(self, name: str, limit: int = 100) -> list[dict[str, Any]]:
+        """Who did what to a name, the latest first."""
+        rows = self._rows(
+            "SELECT at, who, action, detail FROM audit WHERE name = ? ORDER BY id DESC LIMIT ?",
+            name,
+            limit,
+        )
+        return [
+            {"at": at, "who": who, "action": action, "detail": json.loads(detail)}
+            for at, who, action, detail in rows
+        ]
+
+    def _rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
+        with _database_errors():
+            return self._reader().execute(query, values).fetchall()
+
+    def _versions(self, condition: str, *values: Any) -> list[Version]:
+        return [
+            Version(name, number, digest, size, created_at, _record(record), bool(damaged))
+            for name, number, digest, size, created_at, record, damaged in self._rows(
+                f"{_VERSION} {condition}", *values
+            )
+        ]
+
+    def _named(self, names: Sequence[str]) -> list[Named]:
+        marks = ", ".join("?" * len(names))
+        versions: dict[str, list[Version]] = {}
+        condition = f"AND v.name IN ({marks}) ORDER BY v.name, v.number"
+        for version in self._versions(condition, *names):
+            versions.setdefault(version.name, []).append(version)
+        pointers: dict[str, list[Pointer]] = {}
+        rows = self._rows(
+            f"""SELECT name, alias, number, previous, generation FROM pointers
+            WHERE name IN ({marks}) AND number IS NOT NULL ORDER BY alias""",
+            *names,
+        )
+        for name, *rest in rows:
+            pointers.setdefault(name, []).append(Pointer(*rest))
+        return [Named(n, versions[n], pointers.get(n, [])) for n in names if n in versions]
+
+    # Writing. Each is one transaction; what a condition forbids changes nothing.
+
+    def check_condition(self, name: str, if_match: int | None, must_be_new: bool) -> None:
+        """If-Match: the current version's number; If-None-Match: no such name. Raises Conflict."""
+        current = self._current(name)
+        if must_be_new and self.exists(name):
+            raise Conflict(f"{name} exists already")
+        if if_match is not None and current != if_match:
+            raise Conflict(
+                f"{name} is at version {current}, not {if_match}"
+                if current
+                else f"{name} has no current version"
+            )
+
+    def add(
+        self,
+        connection: sqlite3.Connection,
+        name: str,
+        blob: Blob,
+        record: Record,
+        who: str,
+        activate: bool = True,
+    ) -> tuple[int, bool]:
+        """The number of the version that has the blob's bytes, and whether it is new.
+
+        The bytes of the current version, or of the latest where nothing is to be activated, make
+        no new one. Runs within `writing`, so that a condition checked there still holds.
+        """
+        latest, last = self._latest(name)
+        connection.execute(
+            """INSERT INTO blobs (digest, bytes, mtime_ns, record) VALUES (?, ?, ?, ?)
+            ON CONFLICT (digest) DO UPDATE SET mtime_ns = excluded.mtime_ns, damaged = 0""",
+            (blob.digest, blob.bytes, blob.mtime_ns, record.to_json()),
+        )
+        for known in {self._current(name), None if activate else latest}:
+            if known and self._digest(name, known) == blob.digest:
+                return known, False
+        number = last + 1
+        connection.execute(
+            "INSERT INTO versions (name, number, digest, created_at) VALUES (?, ?, ?, ?)",
+            (name, number, blob.digest, time.time()),
+        )
+        if activate:
+            self._move(connection, name, CURRENT, number)
+        self._log(connection, who, "put", name, version=number, digest=blob.digest)
+        return number, True
+
+    def point(
+        self, name: str, alias: str, number: int, who: str, if_match: int | None = None
+    ) -> Pointer:
+        """Move an alias, or `current`, to a version; if_match is the pointer's generation, 0: new.
+
+        Raises BadName, NotFound, VersionNotFound, or Conflict.
+        """
+        check_alias(alias)
+        with self.writing() as connection:
+            self.resolve(f"{name}@{number}")
+            generation = self._pointer(name, alias).generation
+            if if_match is not None and if_match != generation:
+                raise Conflict(f"{name}@{alias} is at generation {generation}, not {if_match}")
+            self._move(connection, name, alias, number)
+            self._log(connection, who, "point", name, alias=alias, version=number)
+            return self._pointer(name, alias)
+
+    def remove(self, name: str, number: int | None, who: str) -> list[Version]:
+        """Tombstone a version, or all of a name; their pointers point to nothing.
+
+        Returns the versions removed. Raises NotFound or VersionNotFound.
+        """
+        with self.writing() as connection:
+            versions = self.named(name).versions
+            if number is not None:
+                versions = [version for version in versions if version.number == number]
+                if not versions:
+                    raise VersionNotFound(f"{name} has no version {number}")
+            for version in versions:
+                connection.execute(
+                    "UPDATE versions SET deleted_at = ? WHERE name = ? AND number = ?",
+                    (time.time(), name, version.number),
+                )
+                connection.execute(
+                    """UPDATE pointers SET number = NULL, previous = NULL,
+                    generation = generation + 1 WHERE name = ? AND number = ?""",
+                    (name, version.number),
+                )
+                connection.execute(
+                    "UPDATE pointers SET previous = NULL WHERE name = ? AND previous = ?",
+                    (name, version.number),
+                )
+                self._log(connection, who, "delete", name, version=version.number)
+            return list(versions)
+
+    def forget_blob(self, connection: sqlite3.Connection, digest: str) -> bool:
+        """Drop a digest that no live version names; False where one does. Within `writing`."""
+        live = self._rows(
+            "SELECT 1 FROM versions WHERE digest = ? AND deleted_at IS NULL LIMIT 1", digest
+        )
+        if not live:
+            connection.execute("DELETE FROM blobs WHERE digest = ?", (digest,))
+        return not live
+
+    def forget_unused(self) -> None:
+        """Drop every digest that no live version names: what a stop left of drains under way."""
+        with self.writing() as connection:
+            connection.execute(
+                """DELETE FROM blobs WHERE digest NOT IN
+                (SELECT digest FROM versions WHERE deleted_at IS NULL)"""
+            )
+
+    def has_blob(self, digest: str) -> bool:
+        return bool(self._rows("SELECT 1 FROM blobs WHERE digest = ?", digest))
+
+    def set_pinned(self, digest: str, pinned: bool, name: str, who: str) -> None:
+        with self.writing() as connection:
+            connection.execute(
+                "UPDATE blobs SET pinned = ? WHERE digest = ?", (int(pinned), digest)
+            )
+            self._log(connection, who, "pin" if pinned else "unpin", name, digest=digest)
+
+    def set_damaged(self, digests: Sequence[str]) -> None:
+        """Their versions answer Damaged until the same bytes are uploaded again."""
+        with self.writing() as connection:
+            for digest in digests:
+                connection.execute("UPDATE blobs SET damaged = 1 WHERE digest = ?", (digest,))
+
+    def _current(self, name: str) -> int | None:
+        return self._pointer(name, CURRENT).number
+
+    def _pointer(self, name: str, alias: str) -> Pointer:
+        rows = self._rows(
+            """SELECT alias, number, previous, generation FROM pointers
+            WHERE name = ? AND alias = ?""",
+            name,
+            alias,
+        )
+        return Pointer(*rows[0]) if rows else Pointer(alias, None, None, 0)
+
+    def _latest(self, name: str) -> tuple[int, int]:
+        """The latest live version's number and the last number ever given, 0 for none."""
+        rows = self._rows(
+            """SELECT coalesce(max(CASE WHEN deleted_at IS NULL THEN number END), 0),
+            coalesce(max(number), 0) FROM versions WHERE name = ?""",
+            name,
+        )
+        return rows[0][0], rows[0][1]
+
+    def _digest(self, name: str, number: int) -> str | None:
+        rows = self._rows("SELECT digest FROM versions WHERE name = ? AND number = ?", name, number)
+        return rows[0][0] if rows else None
+
+    def _move(self, connection: sqlite3.Connection, name: str, alias: str, number: int) -> None:
+        connection.execute(
+            """INSERT INTO pointers (name, alias, number, generation) VALUES (?, ?, ?, 1)
+            ON CONFLICT (name, alias) DO UPDATE SET generation = generation + 1,
+            previous = number, number = excluded.number""",
+            (name, alias, number),
+        )
+
+    def _log(
+        self, connection: sqlite3.Connection, who: str, action: str, name: str, **detail: Any
+    ) -> None:
+        connection.execute(
+            "INSERT INTO audit (at, who, action, name, detail) VALUES (?, ?, ?, ?, ?)",
+            (time.time(), who, action, name, json.dumps(detail)),
+        )
 
 
-def _names(reference: Reference, version: Version) -> bool:
-    if reference.alias is not None:
-        return False
-    if reference.version is not None:
-        return reference.version == version.number
-    return version.digest.startswith(reference.digest or "")
+@lru_cache(maxsize=4096)
+def _record(text: str) -> Record:
+    return Record.from_json(text)
+
+
+@contextmanager
+def _database_errors() -> Iterator[None]:
+    """SQLite's refusals of the disk as StorageFull and ReadOnly."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if "full" in str(error):
+            raise StorageFull("the disk is full; nothing was stored") from error
+        raise ReadOnly(
+            "the registry takes no writes; nothing was stored", retry_after_s=30
+        ) from error

@@ -1,59 +1,296 @@
-"""Adapter sets on the device, in the serving dtype, ready to be applied."""
+"""SlotPool: which adapters are resident, within a bound; loading ahead, eviction, pins.
 
-from collections.abc import Callable
+A slot is an extent of the arena as long as its adapter needs. The device thread holds slots while
+a batch runs; the loader thread fills new ones meanwhile, and never writes to a held one.
+"""
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
+from adapters.arena import Arena, Extent
+from adapters.errors import PoolFull, TrunklineError
 from adapters.format import AdapterSet
-from model.config import LORA_SITES, GPTConfig
-from model.lora import AdapterWeights, Classifier, Site
+from adapters.host_tier import HostTier
+from adapters.weights import Cursor, placed_bytes, weights_of
+from model.config import GPTConfig
+from model.lora import AdapterWeights
 
-Place = Callable[[Tensor, torch.dtype], Tensor]  # a CPU tensor -> its copy on the device
+log = logging.getLogger("trunkline.slots")
+
+# A slot loaded for waiting jobs is not evicted for so long, so that two cold adapters can't evict
+# each other for ever before either is served.
+FRESH_S = 1.0
+# What failed to load is tried again for requests that come later than this.
+FAILURE_S = 1.0
 
 
-def weights_of(
-    adapter: AdapterSet, config: GPTConfig, dtype: torch.dtype, place: Place
-) -> AdapterWeights:
-    """The adapter as the encoder applies it: B transposed with the scaling in it, heads float32.
+@dataclass(eq=False)
+class Slot:
+    digest: str
+    extent: Extent
+    weights: AdapterWeights
+    fresh_until: float  # time.monotonic()
+    holds: int = 0  # batches that use it now: at most the one on the device
+    leaving: bool = False  # to be freed when the last hold ends; not found by its digest any more
 
-    The adapter must have passed validate() for this config.
+
+@dataclass(frozen=True)
+class PoolStats:
+    resident: int
+    pinned: int
+    held: int
+    leaving: int
+    used_bytes: int
+    capacity_bytes: int
+    loads: int
+    evictions: int
+
+
+class SlotPool:
+    """Resident adapters by digest. All methods are thread-safe and none but `load_now` waits.
+
+    `read` brings an adapter from disk (it may raise TrunklineError); `changed` is called, with no
+    lock held, whenever a load has ended.
     """
-    tensors = adapter.tensors
-    lora: dict[Site, tuple[Tensor, Tensor]] = {}
-    for layer in range(config.n_layer):
-        for site in LORA_SITES:
-            a = tensors.get(f"transformer.h.{layer}.{site}.A.weight")
-            if a is not None:
-                b = tensors[f"transformer.h.{layer}.{site}.B.weight"]
-                b_t = (b.float() * adapter.scaling(a.shape[0])).t()
-                lora[layer, site] = place(a, dtype), place(b_t, dtype)
-    norms = {
-        name.removesuffix(".weight"): (
-            place(tensor, dtype),
-            place(tensors[_bias_of(name)], dtype) if _bias_of(name) in tensors else None,
-        )
-        for name, tensor in tensors.items()
-        if ".ln_" in name and name.endswith(".weight")
-    }
-    critic, calibration = tensors.get("critic_head.weight"), tensors.get("calibration")
-    return AdapterWeights(
-        lora,
-        norms,
-        None if critic is None else place(critic[0], torch.float32),
-        None if calibration is None else calibration.float(),
-        _classifier(adapter, place),
-    )
 
+    def __init__(
+        self,
+        config: GPTConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        capacity_bytes: int,
+        max_slots: int,
+        read: Callable[[str], AdapterSet],
+        changed: Callable[[], None] = lambda: None,
+        host_tier: HostTier | None = None,
+        debug: bool = False,
+    ) -> None:
+        self.config, self.dtype, self.device = config, dtype, device
+        self.max_slots, self._read, self.changed = max_slots, read, changed
+        self._host_tier = host_tier
+        self._arena = Arena(capacity_bytes, device, poison=debug)
+        self._slots: OrderedDict[str, Slot] = OrderedDict()  # least recently used first
+        self._leaving: set[Slot] = set()
+        self._pinned: set[str] = set()
+        self._failed: dict[str, tuple[float, TrunklineError]] = {}
+        self._wanted: OrderedDict[str, bool] = OrderedDict()  # digest -> for waiting jobs
+        self._loading: str | None = None
+        self._cond = threading.Condition()
+        self._closed = False
+        self._loads = self._evictions = 0
+        self._loader = threading.Thread(target=self._load_wanted, name="loader", daemon=True)
+        self._loader.start()
 
-def _bias_of(weight_name: str) -> str:
-    return weight_name.removesuffix("weight") + "bias"
+    # What the device thread does.
 
+    def hold(self, digest: str) -> Slot | None:
+        """Its slot, not to be freed until `let_go`; or None, and then its load is under way.
 
-def _classifier(adapter: AdapterSet, place: Place) -> Classifier | None:
-    weight = adapter.tensors.get("classifier.weight")
-    if weight is None:
+        Raises the TrunklineError of a load that failed.
+        """
+        with self._cond:
+            slot = self._slots.get(digest)
+            if slot is None:
+                self._want(digest, for_jobs=True)
+                return None
+            slot.holds += 1
+            slot.fresh_until = 0.0
+            self._slots.move_to_end(digest)
+            return slot
+
+    def let_go(self, slots: Iterable[Slot]) -> None:
+        """End one hold on each."""
+        with self._cond:
+            for slot in slots:
+                assert slot.holds > 0, f"{slot.digest} was let go without a hold"
+                slot.holds -= 1
+                if slot.leaving and not slot.holds:
+                    self._leaving.discard(slot)
+                    self._arena.free(slot.extent)
+            self._cond.notify_all()
+
+    # What requests and administrators do.
+
+    def want(self, digest: str, for_jobs: bool = True) -> None:
+        """Have it loaded soon, once for any number of calls; at once nothing where it is there.
+
+        Raises the TrunklineError of a load that failed within FAILURE_S.
+        """
+        with self._cond:
+            if digest not in self._slots:
+                self._want(digest, for_jobs)
+
+    def _want(self, digest: str, for_jobs: bool) -> None:
+        failed = self._failed.get(digest)
+        if failed is not None:
+            if time.monotonic() - failed[0] < FAILURE_S:
+                raise failed[1]
+            del self._failed[digest]
+        if digest != self._loading:
+            self._wanted[digest] = self._wanted.get(digest, False) or for_jobs
+            self._cond.notify_all()
+
+    def load_now(self, digest: str, timeout_s: float) -> bool:
+        """Wait until it is resident; False where the time is over. Raises as `want` does."""
+        deadline = time.monotonic() + timeout_s
+        with self._cond:
+            while digest not in self._slots:
+                self._want(digest, for_jobs=False)
+                if not self._cond.wait(deadline - time.monotonic()):
+                    return False
+        return True
+
+    def evict(self, digest: str) -> bool:
+        """Free its slot, at once or when the batch under way ends; False where it has none."""
+        with self._cond:
+            self._wanted.pop(digest, None)
+            self._pinned.discard(digest)
+            if digest not in self._slots:
+                return False
+            self._take_out(self._slots[digest])
+            self._cond.notify_all()
+            return True
+
+    def pin(self, digest: str) -> None:
+        """Exempt it from eviction. Raises PoolFull where half of the pool would be pinned."""
+        with self._cond:
+            pinned = [s.extent.bytes for s in self._slots.values() if s.digest in self._pinned]
+            own = self._slots[digest].extent.bytes if digest in self._slots else 0
+            slots_pinned = self.max_slots and len(pinned) + 1 > self.max_slots // 2
+            if sum(pinned) + own > self._arena.capacity // 2 or slots_pinned:
+                raise PoolFull("half of the slots are pinned already; unpin others first")
+            self._pinned.add(digest)
+
+    def unpin(self, digest: str) -> None:
+        with self._cond:
+            self._pinned.discard(digest)
+            self._cond.notify_all()
+
+    def is_resident(self, digest: str) -> bool:
+        with self._cond:
+            return digest in self._slots
+
+    def is_pinned(self, digest: str) -> bool:
+        with self._cond:
+            return digest in self._pinned
+
+    def check_size(self, adapter: AdapterSet) -> None:
+        """Raises PoolFull for an adapter that could never be resident."""
+        size = placed_bytes(adapter, self.dtype)
+        if size > self._arena.capacity // 2:
+            raise PoolFull(
+                f"the adapter needs {size} bytes; half of the adapter memory is "
+                f"{self._arena.capacity // 2}"
+            )
+
+    def stats(self) -> PoolStats:
+        with self._cond:
+            slots = [*self._slots.values(), *self._leaving]
+            return PoolStats(
+                resident=len(self._slots),
+                pinned=sum(digest in self._pinned for digest in self._slots),
+                held=sum(slot.holds for slot in slots),
+                leaving=len(self._leaving),
+                used_bytes=self._arena.capacity - self._arena.free_bytes,
+                capacity_bytes=self._arena.capacity,
+                loads=self._loads,
+                evictions=self._evictions,
+            )
+
+    def close(self) -> None:
+        with self._cond:
+            self._closed = True
+            self._cond.notify_all()
+        self._loader.join()
+
+    # What the loader thread does.
+
+    def _load_wanted(self) -> None:
+        while True:
+            with self._cond:
+                while not self._wanted and not self._closed:
+                    self._cond.wait()
+                if self._closed:
+                    return
+                self._loading, for_jobs = self._wanted.popitem(last=False)
+                digest = self._loading
+            try:
+                self._load(digest, for_jobs)
+            except TrunklineError as error:
+                self._fail(digest, error)
+            except Exception:
+                log.exception("loading %s failed", digest)
+                self._fail(digest, PoolFull("the adapter could not be loaded; the log says why"))
+            with self._cond:
+                self._loading = None
+                self._cond.notify_all()
+            self.changed()
+
+    def _load(self, digest: str, for_jobs: bool) -> None:
+        image = self._host_tier.get(digest, self._read) if self._host_tier else None
+        adapter = image.outline if image else self._read(digest)
+        extent = self._find_room(placed_bytes(adapter, self.dtype))
+        if extent is None:
+            return  # closed meanwhile
+        room = self._arena.view(extent)
+        if image is not None:
+            room.copy_(image.buffer)  # one copy to the device, from pinned memory
+        cursor = Cursor(room, copy=image is None)
+        weights = weights_of(adapter, self.config, self.dtype, cursor)
+        with self._cond:
+            fresh_until = time.monotonic() + FRESH_S if for_jobs else 0.0
+            self._slots[digest] = Slot(digest, extent, weights, fresh_until)
+            self._loads += 1
+
+    def _find_room(self, size: int) -> Extent | None:
+        """Evicts the least recently used until there is room, waiting for holds to end.
+
+        Raises PoolFull where what is pinned leaves no room at all.
+        """
+        with self._cond:
+            while not self._closed:
+                if not self.max_slots or len(self._slots) + len(self._leaving) < self.max_slots:
+                    extent = self._arena.allocate(size)
+                    if extent is not None:
+                        return extent
+                if not self._evict_one() and not self._wait_for_room():
+                    raise PoolFull("every slot is pinned; there is no room to load an adapter")
         return None
-    bias = adapter.tensors.get("classifier.bias")
-    placed_bias = None if bias is None else place(bias, torch.float32)
-    return Classifier(place(weight, torch.float32), placed_bias, adapter.labels)
+
+    def _evict_one(self) -> bool:
+        now = time.monotonic()
+        for slot in self._slots.values():
+            if not slot.holds and slot.digest not in self._pinned and slot.fresh_until <= now:
+                self._take_out(slot)
+                self._evictions += 1
+                return True
+        return False
+
+    def _wait_for_room(self) -> bool:
+        """False where no slot will ever become free for it."""
+        movable = [s for s in self._slots.values() if s.digest not in self._pinned]
+        if not movable and not self._leaving:
+            return False
+        until = min((s.fresh_until for s in movable if not s.holds), default=None)
+        self._cond.wait(None if until is None else max(0.0, until - time.monotonic()))
+        return True
+
+    def _take_out(self, slot: Slot) -> None:
+        del self._slots[slot.digest]
+        if slot.holds:
+            slot.leaving = True
+            self._leaving.add(slot)
+        else:
+            self._arena.free(slot.extent)
+
+    def _fail(self, digest: str, error: TrunklineError) -> None:
+        log.warning("%s was not loaded: %s", digest, error)
+        with self._cond:
+            self._failed[digest] = (time.monotonic(), error)

@@ -5,7 +5,8 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,15 @@ class Manifest:
     critic: bool = False
     calibration: bool = False
     labels: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"labels": list(self.labels)}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "Manifest":
+        """The inverse of to_dict, also after a way through JSON, which makes keys strings."""
+        ranks = {int(layer): sites for layer, sites in fields["ranks"].items()}
+        return cls(**fields | {"ranks": ranks, "labels": tuple(fields["labels"])})
 
     @property
     def rank(self) -> int:

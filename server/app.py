@@ -5,6 +5,7 @@ from contextlib import asynccontextmanager
 from http import HTTPStatus
 from pathlib import Path
 
+import platformdirs
 import torch
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -13,7 +14,9 @@ from starlette.responses import Response
 
 import model
 from adapters.errors import TrunklineError
-from adapters.registry import FolderRegistry
+from adapters.host_tier import HostTier
+from adapters.library import Library
+from adapters.slots import SlotPool
 from model.checkpoint import Backbone, read_backbone
 from server import __version__
 from server.answers import JSONAnswer
@@ -22,7 +25,7 @@ from server.engine.forward import Forward
 from server.errors import STATUS, RequestError, error_body, openai_error_body
 from server.metrics import Metrics
 from server.middleware import RequestContext
-from server.routes import adapters, critic, encode, openai, ops, tokens
+from server.routes import adapters, critic, encode, openai, ops, tokens, vllm
 from server.settings import Settings
 from server.state import ServerState
 
@@ -31,34 +34,23 @@ CLIENT_LEFT = 499  # nobody reads it; the log and the metrics show it
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """The application. Reading the backbone and its adapters fails here, before anything listens.
+    """The application. What can't be served fails here, before anything listens.
 
-    Raises BackboneError or TrunklineError with a sentence for a folder that can't be served.
+    Raises BackboneError or TrunklineError, with a sentence, for a backbone folder, an adapter
+    folder or a data folder that can't be used.
     """
-    device = choose_device(settings.device)
-    dtype = choose_dtype(settings.dtype, device)
     if settings.threads:
         torch.set_num_threads(settings.threads)
+    device = choose_device(settings.device)
+    dtype = choose_dtype(settings.dtype, device)
     backbone = read_backbone(settings.backbone or DEMO_BACKBONE)
-    registry = FolderRegistry(_adapter_folder(settings), backbone, dtype, device)
-    metrics = Metrics()
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        engine = _engine(settings, backbone, registry, dtype, device, metrics)
-        app.state.server = ServerState(
-            settings, backbone, registry, engine, metrics, _name(dtype), str(device)
-        )
-        engine.start()
-        yield
-        await engine.stop()
-
-    app = FastAPI(title="trunkline", version=__version__, lifespan=lifespan)
+    forward = Forward(backbone, dtype, device)
+    library = _library(settings, backbone, forward)
+    app = FastAPI(title="trunkline", version=__version__, lifespan=_lifespan)
     app.state.settings = settings
-    app.state.registry, app.state.backbone = registry, backbone
-    app.state.placed = f"{_name(dtype)} on {device}"
-    app.add_middleware(RequestContext, metrics=metrics)
-    for routes in (encode, critic, openai, tokens, adapters, ops):
+    app.state.server = ServerState(settings, backbone, forward, library, Metrics())
+    app.add_middleware(RequestContext, metrics=app.state.server.metrics)
+    for routes in (encode, critic, openai, vllm, tokens, adapters, ops):
         app.include_router(routes.router)
     app.add_exception_handler(TrunklineError, _refused)
     app.add_exception_handler(HTTPException, _refused_by_router)
@@ -67,23 +59,56 @@ def create_app(settings: Settings) -> FastAPI:
     return app
 
 
-def _engine(
-    settings: Settings,
-    backbone: Backbone,
-    registry: FolderRegistry,
-    dtype: torch.dtype,
-    device: torch.device,
-    metrics: Metrics,
-) -> Engine:
-    return Engine(
-        backbone,
-        registry,
-        Forward(backbone, dtype, device),
-        metrics,
-        max_batch_tokens=settings.max_batch_tokens,
-        max_queue_tokens=settings.max_queue_tokens,
-        max_request_tokens=settings.max_request_tokens,
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    state: ServerState = app.state.server
+    state.engine = Engine(
+        state.backbone,
+        state.library,
+        state.forward,
+        state.metrics,
+        max_batch_tokens=state.settings.max_batch_tokens,
+        max_queue_tokens=state.settings.max_queue_tokens,
+        max_request_tokens=state.settings.max_request_tokens,
+        fair_shares=state.settings.fair_shares,
     )
+    state.engine.start()
+    yield
+    await state.engine.stop()
+    state.library.close()
+
+
+def _library(settings: Settings, backbone: Backbone, forward: Forward) -> Library:
+    """The library of this backbone in the data folder, with the adapter folder's files in it."""
+    encoder = forward.encoder
+    tier = HostTier(encoder.config, encoder.dtype, settings.host_memory)
+    library = Library(
+        data_folder(settings, backbone),
+        backbone,
+        encoder,
+        lambda read: SlotPool(
+            encoder.config,
+            encoder.dtype,
+            encoder.device,
+            capacity_bytes=settings.adapter_memory,
+            max_slots=settings.slots,
+            read=read,
+            host_tier=tier if encoder.device.type == "cuda" else None,
+            debug=settings.debug_slots,
+        ),
+        quota=settings.storage_quota,
+        max_rank=settings.max_rank,
+    )
+    folder = _adapter_folder(settings)
+    if folder is not None:
+        library.seed(folder)
+    return library
+
+
+def data_folder(settings: Settings, backbone: Backbone) -> Path:
+    """Where this backbone's registry is: adapters of one trunk mean nothing to another."""
+    root = settings.data_dir or platformdirs.user_data_path("trunkline")
+    return root / f"{backbone.id}-{backbone.digest.removeprefix('sha256:')[:16]}"
 
 
 def _adapter_folder(settings: Settings) -> Path | None:
@@ -94,10 +119,6 @@ def _adapter_folder(settings: Settings) -> Path | None:
         return DEMO_BACKBONE.parent.parent / "adapters" / "demo"
     beside = settings.backbone / "adapters"
     return beside if beside.is_dir() else None
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _answer(request: Request, error: TrunklineError) -> Response:
@@ -118,9 +139,8 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 async def _refused_by_router(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    code = (
-        "method_not_allowed" if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED else "not_found"
-    )
+    wrong_method = error.status_code == HTTPStatus.METHOD_NOT_ALLOWED
+    code = "method_not_allowed" if wrong_method else "not_found"
     response = _answer(request, RequestError(code, HTTPStatus(error.status_code).phrase))
     response.headers.update(error.headers or {})
     return response

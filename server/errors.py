@@ -14,6 +14,7 @@ STATUS = {
     "not_found": 404,
     "adapter_not_found": 404,
     "version_not_found": 404,
+    "adapter_damaged": 404,
     "method_not_allowed": 405,
     "receive_timeout": 408,
     "version_conflict": 409,

@@ -120,3 +120,21 @@ class TokenizeRequest(StrictModel):
 
 class DetokenizeRequest(StrictModel):
     ids: Inputs
+
+
+class AliasRequest(StrictModel):
+    version: Annotated[int, Field(ge=1)]
+
+
+class LoadLoraRequest(StrictModel):
+    """vLLM's shape."""
+
+    lora_name: str
+    lora_path: str
+    load_inplace: bool = False
+
+
+class UnloadLoraRequest(StrictModel):
+    """vLLM's shape."""
+
+    lora_name: str

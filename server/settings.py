@@ -1,19 +1,33 @@
 """The one settings object: flags, then TRUNKLINE_* in the environment, then a TOML file."""
 
 import os
+import re
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 ENV_PREFIX = "TRUNKLINE_"
+
+
+def _parse_bytes(value: object) -> object:
+    """2GiB -> 2147483648; anything else as it is."""
+    match = re.fullmatch(r"(\d+) ?([KMGT])iB", value) if isinstance(value, str) else None
+    return int(match[1]) << (10 * ("KMGT".index(match[2]) + 1)) if match else value
 
 
 class Settings(BaseModel):
     """Read once, at start. An unknown key, in the file or the environment, is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @field_validator(
+        "adapter_memory", "host_memory", "max_adapter_bytes", "storage_quota", mode="before"
+    )
+    @classmethod
+    def _bytes_with_units(cls, value: object) -> object:
+        return _parse_bytes(value)
 
     backbone: Path | None = Field(None, description="Backbone folder; default: the demo trunk.")
     adapters: Path | None = Field(
@@ -26,6 +40,26 @@ class Settings(BaseModel):
         "auto", description="Serving dtype; auto is bfloat16 where the device has it natively."
     )
     threads: int = Field(0, ge=0, description="CPU threads for the forward; 0 is one a core.")
+    data_dir: Path | None = Field(
+        None, description="Folder of the registry; default: the platform's user data folder."
+    )
+    adapter_memory: int = Field(
+        1 << 30, ge=1 << 16, description="Bytes of the slots: 2GiB, 512MiB or a number."
+    )
+    slots: int = Field(0, ge=0, description="Adapters resident at once; 0: as the memory allows.")
+    host_memory: int = Field(
+        4 << 30, ge=0, description="Bytes of host memory for adapters evicted from a GPU."
+    )
+    max_rank: int = Field(64, ge=1, description="Largest LoRA rank taken.")
+    max_adapter_bytes: int = Field(256 << 20, ge=1, description="Bytes of an adapter file.")
+    storage_quota: int = Field(0, ge=0, description="Bytes of all adapter files; 0: no bound.")
+    import_root: Path | None = Field(
+        None, description="Folder that /v1/load_lora_adapter may read; default: none."
+    )
+    fair_shares: dict[str, float] = Field(
+        default={}, description="Share of an adapter in the queue by its name; 1 where not named."
+    )
+    debug_slots: bool = Field(False, description="Fill freed slots with NaN.")
     max_batch_tokens: int = Field(4096, ge=1, description="Tokens in one batch.")
     max_queue_tokens: int = Field(
         262_144, ge=1, description="Tokens admitted and not answered yet; beyond: 503 overloaded."
@@ -38,6 +72,9 @@ class Settings(BaseModel):
     )
     receive_timeout_s: float = Field(
         30.0, gt=0, description="Seconds a body may take to arrive; beyond: 408."
+    )
+    drain_window_s: float = Field(
+        0.0, ge=0, description="Seconds that a stopping server still accepts connections."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Log level."

@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 
 from starlette.requests import Request
 
-from adapters.registry import FolderRegistry
+from adapters.library import Library
 from model.checkpoint import Backbone
 from server.engine.engine import Engine
+from server.engine.forward import Forward
 from server.metrics import Metrics
 from server.settings import Settings
 
@@ -16,12 +17,20 @@ from server.settings import Settings
 class ServerState:
     settings: Settings
     backbone: Backbone
-    registry: FolderRegistry
-    engine: Engine
+    forward: Forward
+    library: Library
     metrics: Metrics
-    dtype: str
-    device: str
     started: float = field(default_factory=time.time)
+    draining: bool = False  # a stop was asked for: no upload is begun any more
+    engine: Engine = field(init=False)  # from the lifespan on: it needs the event loop
+
+    @property
+    def dtype(self) -> str:
+        return str(self.forward.encoder.dtype).removeprefix("torch.")
+
+    @property
+    def device(self) -> str:
+        return str(self.forward.encoder.device)
 
 
 def state_of(request: Request) -> ServerState:

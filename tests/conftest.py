@@ -149,6 +149,7 @@ class Served:
 def start_server(log: Path, *arguments: str | Path, **environment: str) -> Served:
     """`trunkline serve ARGUMENTS` on a free port, ready to answer."""
     command = [sys.executable, "-m", "server.cli", "serve", "--port", "0", *map(str, arguments)]
+    environment = {"TRUNKLINE_DATA_DIR": f"{log}.data"} | environment
     with log.open("wb") as out:
         process = subprocess.Popen(
             command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | environment

@@ -1,8 +1,10 @@
 """trunkline serve."""
 
 import sys
+import threading
 import typing
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal
 
 import click
@@ -15,14 +17,18 @@ from server import __version__
 from server.app import create_app
 from server.logs import configure_logs
 from server.settings import BadSettings, Settings, load_settings
+from server.state import ServerState
+
+NOT_FLAGS = {"backbone", "fair_shares"}  # an argument; a table of the TOML file
 
 
 def _flag(name: str) -> click.Option:
     """The flag of one settings field, under its own name, with its own help."""
     field = Settings.model_fields[name]
     default = "" if field.default is None else f" [default: {field.default}]"
+    short = ["--data"] if name == "data_dir" else []
     return click.Option(
-        [f"--{name.replace('_', '-')}"],
+        [f"--{name.replace('_', '-')}", *short, name],
         type=_flag_type(field.annotation),
         help=f"{field.description}{default}",
     )
@@ -48,7 +54,7 @@ def _serve(backbone: Path | None, config: Path | None, **flags: Any) -> None:
         app = create_app(settings)
     except (BadSettings, BackboneError, TrunklineError) as error:
         raise click.ClickException(str(error)) from error
-    server = uvicorn.Server(
+    server = DrainingServer(
         uvicorn.Config(
             app,
             host=settings.host,
@@ -56,21 +62,47 @@ def _serve(backbone: Path | None, config: Path | None, **flags: Any) -> None:
             log_config=None,
             access_log=False,
             server_header=False,
-        )
+        ),
+        app.state.server,
     )
     socket = server.config.bind_socket()
     _announce(app, settings, socket.getsockname()[1])
     server.run(sockets=[socket])
 
 
+class DrainingServer(uvicorn.Server):
+    """A first SIGTERM or SIGINT begins to drain: /ready says so, uploads are refused, and after
+    the drain window the listener closes and what is in flight is answered. A second ends it now."""
+
+    def __init__(self, config: uvicorn.Config, state: ServerState) -> None:
+        super().__init__(config)
+        self.state = state
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.state.draining or self.state.settings.drain_window_s == 0:
+            self.state.draining = True
+            super().handle_exit(sig, frame)
+            return
+        self.state.draining = True
+        window = threading.Timer(
+            self.state.settings.drain_window_s, super().handle_exit, (sig, frame)
+        )
+        window.daemon = True
+        window.start()
+
+
 def _announce(app: FastAPI, settings: Settings, port: int) -> None:
     """What is served, where, in which dtype, and a request to try."""
-    names = [version.name for version in app.state.registry]
+    state: ServerState = app.state.server
+    names = [named.name for named in state.library.registry.page(limit=9)]
+    count = state.library.registry.count()
     url = f"http://{settings.host}:{port}"
     adapter = f'"adapter": "{names[0]}", ' if names else ""
     shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-    click.echo(f"trunkline {__version__}: {app.state.backbone.id}, {app.state.placed}, at {url}")
-    click.echo(f"{len(names)} adapters: {shown}" if names else "no adapters: the backbone alone")
+    click.echo(
+        f"trunkline {__version__}: {state.backbone.id}, {state.dtype} on {state.device}, at {url}"
+    )
+    click.echo(f"{count} adapters: {shown}" if names else "no adapters yet: the backbone alone")
     click.echo(
         f"try: curl -s {url}/critic -H 'content-type: application/json' \\\n"
         f'       -d \'{{{adapter}"inputs": "To be, or not to be"}}\''
@@ -85,6 +117,6 @@ serve = click.Command(
     params=[
         click.Argument(["backbone"], required=False, type=click.Path(path_type=Path)),
         click.Option(["--config"], type=click.Path(path_type=Path), help="A TOML file."),
-        *(_flag(name) for name in Settings.model_fields if name != "backbone"),
+        *(_flag(name) for name in Settings.model_fields if name not in NOT_FLAGS),
     ],
 )

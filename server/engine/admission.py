@@ -2,13 +2,17 @@
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
+from adapters.errors import TrunklineError
+from adapters.leases import Lease
+from adapters.library import Library
 from adapters.names import BASE
-from adapters.registry import FolderRegistry, Version
+from adapters.registry import Version
 from model.checkpoint import Backbone
 from server.engine.errors import (
     BadInput,
@@ -53,15 +57,38 @@ class TokenPermits:
             self.held -= tokens
 
 
+Leased = tuple[Version, Lease] | None  # None: the backbone alone
+
+
+class SharedLease:
+    """One request's lease on a version, released by the last of its rows (device thread only)."""
+
+    def __init__(self, leased: Leased) -> None:
+        self.version: Version | None = leased[0] if leased else None
+        self._lease: Lease | None = leased[1] if leased else None
+        self.rows = 0
+
+    def row_done(self) -> None:
+        self.rows -= 1
+        if self.rows == 0 and self._lease is not None:
+            self._lease.release()
+
+
+def _release_all(leases: Mapping[str | None, Leased]) -> None:
+    for leased in leases.values():
+        if leased is not None:
+            leased[1].release()
+
+
 class Admission:
     def __init__(
         self,
-        registry: FolderRegistry,
+        library: Library,
         backbone: Backbone,
         permits: TokenPermits,
         max_request_tokens: int,
     ) -> None:
-        self.registry, self.config, self.permits = registry, backbone.config, permits
+        self.library, self.config, self.permits = library, backbone.config, permits
         self.has_critic = "critic_head.weight" in backbone.tensors
         self.max_request_tokens = max_request_tokens
 
@@ -78,37 +105,66 @@ class Admission:
                 tokens=tokens,
                 limit=self.max_request_tokens,
             )
-        versions = {name: self._resolve(name, ask) for name in {row.adapter for row in rows}}
-        self.permits.take(tokens)
-        reply, now = Reply(len(rows)), time.monotonic()
-        jobs = [
-            self._job(row, versions[row.adapter], ask, deadline, now, reply, index)
-            for index, row in enumerate(rows)
-        ]
-        return jobs, reply
+        leases = self._lease_all({row.adapter for row in rows}, ask)
+        try:
+            self.permits.take(tokens)
+        except Overloaded:
+            _release_all(leases)
+            raise
+        return self._jobs(rows, leases, ask, deadline)
 
-    def _job(
-        self,
-        row: Row,
-        version: Version | None,
-        ask: Ask,
-        deadline: float,
-        now: float,
-        reply: Reply,
-        index: int,
-    ) -> Job:
-        weights = None if version is None else self.registry.weights(version.digest)
-        release = lambda: self.permits.give_back(len(row.ids))  # noqa: E731
-        return Job(row.ids, ask, version, weights, deadline, now, reply, index, release)
+    def _lease_all(self, references: Collection[str | None], ask: Ask) -> dict[str | None, Leased]:
+        """Each reference resolved once, with a lease; all or none."""
+        leases: dict[str | None, Leased] = {}
+        try:
+            for reference in references:
+                if reference is None or reference == BASE:
+                    leases[reference] = None
+                    self._check_heads(None, ask)
+                else:
+                    leases[reference] = self.library.lease(reference)
+                    self._check_heads(leases[reference], ask)
+        except TrunklineError:
+            _release_all(leases)
+            raise
+        return leases
 
-    def _resolve(self, reference: str | None, ask: Ask) -> Version | None:
-        version = None if reference in (None, BASE) else self.registry.resolve(str(reference))
-        manifest = version.manifest if version else None
+    def _check_heads(self, leased: Leased, ask: Ask) -> None:
+        manifest = leased[0].manifest if leased else None
         if "critic" in ask.outputs and not (self.has_critic or (manifest and manifest.critic)):
             raise CriticNotAvailable("neither the backbone nor the adapter has a critic head")
         if "labels" in ask.outputs and not (manifest and manifest.labels):
             raise ClassifierNotAvailable("the adapter has no classifier")
-        return version
+
+    def _jobs(
+        self,
+        rows: Sequence[Row],
+        leases: Mapping[str | None, Leased],
+        ask: Ask,
+        deadline: float,
+    ) -> tuple[list[Job], Reply]:
+        reply, now = Reply(len(rows)), time.monotonic()
+        shared = {reference: SharedLease(leased) for reference, leased in leases.items()}
+        for row in rows:
+            shared[row.adapter].rows += 1
+        jobs = [
+            Job(
+                ids=row.ids,
+                ask=ask,
+                adapter=shared[row.adapter].version,
+                deadline=deadline,
+                admitted=now,
+                reply=reply,
+                row=index,
+                release=partial(self._release, shared[row.adapter], len(row.ids)),
+            )
+            for index, row in enumerate(rows)
+        ]
+        return jobs, reply
+
+    def _release(self, shared: "SharedLease", tokens: int) -> None:
+        self.permits.give_back(tokens)
+        shared.row_done()
 
     def _check_ids(self, ids: Ids) -> None:
         if len(ids) > self.config.block_size:

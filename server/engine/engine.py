@@ -2,11 +2,11 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from adapters.registry import FolderRegistry
+from adapters.library import Library
 from model.checkpoint import Backbone
 from server.engine.admission import Admission, Row, TokenPermits
 from server.engine.errors import DeadlineExceeded, NotReady
@@ -25,20 +25,24 @@ class Engine:
     def __init__(
         self,
         backbone: Backbone,
-        registry: FolderRegistry,
+        library: Library,
         forward: Forward,
         metrics: Metrics,
         *,
         max_batch_tokens: int,
         max_queue_tokens: int,
         max_request_tokens: int,
+        fair_shares: Mapping[str, float],
     ) -> None:
         permits = TokenPermits(max_queue_tokens)
         metrics.waiting_tokens.set_function(lambda: permits.held)
-        self.admission = Admission(registry, backbone, permits, max_request_tokens)
-        self.queue = JobQueue()
+        self.admission = Admission(library, backbone, permits, max_request_tokens)
+        self.queue = JobQueue(fair_shares)
         events = asyncio.get_running_loop()
-        self.loop = EngineLoop(self.queue, forward, max_batch_tokens, events, metrics)
+        library.slots.changed = self.queue.wake
+        self.loop = EngineLoop(
+            self.queue, library.slots, forward, max_batch_tokens, events, metrics
+        )
 
     async def encode(self, rows: Sequence[Row], ask: Ask, deadline: float) -> list[Result]:
         """A Result a row, in order. `deadline` is of time.monotonic().

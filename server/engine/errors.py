@@ -53,5 +53,9 @@ class Overloaded(TrunklineError):
     code = "overloaded"
 
 
+class Draining(TrunklineError):
+    code = "draining"
+
+
 class NotReady(TrunklineError):
     code = "not_ready"

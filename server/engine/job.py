@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,12 +71,12 @@ class Job:
     ids: Ids  # (T,)
     ask: Ask
     adapter: Version | None
-    weights: AdapterWeights | None
     deadline: float  # time.monotonic()
     admitted: float  # time.monotonic()
     reply: Reply
     row: int
-    release: Callable[[], None] = field(default=lambda: None)
+    release: Callable[[], None]  # gives back lease and permits; called exactly once
+    weights: AdapterWeights | None = None  # the device thread's, while it holds the slot
 
     @property
     def tokens(self) -> int:

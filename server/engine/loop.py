@@ -6,11 +6,13 @@ import threading
 import time
 from collections.abc import Sequence
 
-from server.engine.batcher import form_batch
+from adapters.errors import TrunklineError
+from adapters.slots import SlotPool
+from server.engine.batcher import Batch, form_batch
 from server.engine.errors import DeadlineExceeded, NotReady
 from server.engine.forward import Forward
 from server.engine.job import Job, Result
-from server.engine.queue import JobQueue
+from server.engine.queue import JobQueue, Taken
 from server.metrics import Metrics
 
 log = logging.getLogger("trunkline.engine")
@@ -22,12 +24,14 @@ class EngineLoop:
     def __init__(
         self,
         queue: JobQueue,
+        slots: SlotPool,
         forward: Forward,
         max_batch_tokens: int,
         events: asyncio.AbstractEventLoop,
         metrics: Metrics,
     ) -> None:
-        self.queue, self.forward, self.max_batch_tokens = queue, forward, max_batch_tokens
+        self.queue, self.slots, self.forward = queue, slots, forward
+        self.max_batch_tokens = max_batch_tokens
         self.events, self.metrics = events, metrics
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.stopping = False
@@ -38,34 +42,42 @@ class EngineLoop:
             self.step()
 
     def step(self) -> None:
-        jobs = self._drop_unwanted(self.queue.take(self.max_batch_tokens))
-        if not jobs:
+        taken = self.queue.take(self.max_batch_tokens, self.slots.hold)
+        self._refuse(taken)
+        if not taken.jobs:
             return
         self.busy_since = began = time.monotonic()
-        batch = form_batch(jobs, self.forward.encoder.device)
         try:
-            results = self.forward.run(batch)
-        except Exception:
-            log.exception("a batch of %d rows failed", len(jobs))
-            broken = NotReady("the forward failed; the server's log says why")
-            results = [Result(job.adapter, error=broken) for job in batch.jobs]
-        self.busy_since = None
-        self.metrics.batch(batch.packed.ids.shape[0], len(jobs), time.monotonic() - began)
+            batch = form_batch(taken.jobs, taken.slots, self.forward.encoder.device)
+            results = self._run_batch(batch)
+        finally:
+            self.slots.let_go(taken.slots.values())
+            self.busy_since = None
+        self.metrics.batch(batch.packed.ids.shape[0], len(batch.jobs), time.monotonic() - began)
         self._reply(batch.jobs, results, began)
 
-    def _drop_unwanted(self, jobs: Sequence[Job]) -> list[Job]:
-        """The jobs whose client still waits and whose deadline is not over; the others end here."""
-        now = time.monotonic()
-        unwanted = [job for job in jobs if job.reply.abandoned or job.deadline <= now]
+    def _run_batch(self, batch: Batch) -> list[Result]:
+        try:
+            return self.forward.run(batch)
+        except Exception:
+            log.exception("a batch of %d rows failed", len(batch.jobs))
+            broken = NotReady("the forward failed; the server's log says why")
+            return [Result(job.adapter, error=broken) for job in batch.jobs]
+
+    def _refuse(self, taken: Taken) -> None:
+        """Answer the jobs that no forward is run for: late, abandoned, or without an adapter."""
         late = DeadlineExceeded("the deadline was over before the forward; none was run")
-        self._reply(unwanted, [Result(job.adapter, error=late) for job in unwanted], now)
-        return [job for job in jobs if not (job.reply.abandoned or job.deadline <= now)]
+        refused: list[tuple[Job, TrunklineError]] = [(job, late) for job in taken.unwanted]
+        refused += taken.failed
+        results = [Result(job.adapter, error=error) for job, error in refused]
+        self._reply([job for job, _ in refused], results, time.monotonic())
 
     def _reply(self, jobs: Sequence[Job], results: Sequence[Result], began: float) -> None:
         forward_ms = (time.monotonic() - began) * 1e3
         for job, result in zip(jobs, results, strict=True):
             result.queue_ms = (began - job.admitted) * 1e3
             result.forward_ms = forward_ms
+            job.weights = None
             job.release()
         if jobs:
             self.events.call_soon_threadsafe(_deliver, jobs, results)

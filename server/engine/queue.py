@@ -1,44 +1,152 @@
-"""The queue between admission and the device thread."""
+"""The queue between admission and the device thread: bounded by permits, fair over adapters."""
 
 import threading
-from collections import deque
-from collections.abc import Sequence
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
+from adapters.errors import TrunklineError
+from adapters.slots import Slot
 from server.engine.job import Job
+
+# Tokens a line may send in one round: about one long row, so that rounds are short and whole.
+QUANTUM = 512
+
+Hold = Callable[[str], Slot | None]
+
+
+@dataclass
+class Line:
+    """The waiting jobs of one adapter version (or of the base), first in, first out."""
+
+    weight: float
+    jobs: deque[Job] = field(default_factory=deque)
+    deficit: float = 0.0
+
+
+@dataclass
+class Taken:
+    """What the device thread is to do next."""
+
+    jobs: list[Job] = field(default_factory=list)
+    slots: dict[str, Slot] = field(default_factory=dict)  # held for the jobs, by digest
+    unwanted: list[Job] = field(default_factory=list)  # abandoned, or past their deadline
+    failed: list[tuple[Job, TrunklineError]] = field(default_factory=list)  # no load for them
+
+    def __bool__(self) -> bool:
+        return bool(self.jobs or self.unwanted or self.failed)
 
 
 class JobQueue:
-    """First in, first out. Any thread puts; only the device thread takes."""
+    """Deficit round robin over lines (Shreedhar and Varghese 1995). Any thread puts.
 
-    def __init__(self) -> None:
-        self._jobs: deque[Job] = deque()
+    Each round a line may send QUANTUM * weight tokens more, so a hot adapter can't starve the
+    others. A line whose adapter is not resident waits, alone, until its load is done.
+    """
+
+    def __init__(self, weights: Mapping[str, float] | None = None) -> None:
+        self._weights = dict(weights or {})  # adapter name -> share, 1 where not named
+        self._lines: OrderedDict[tuple[str, int], Line] = OrderedDict()
         self._changed = threading.Condition()
         self._closed = False
 
     def __len__(self) -> int:
-        return len(self._jobs)
+        with self._changed:
+            return sum(len(line.jobs) for line in self._lines.values())
 
     def put(self, jobs: Sequence[Job]) -> None:
         with self._changed:
-            self._jobs.extend(jobs)
+            for job in jobs:
+                self._line(job).jobs.append(job)
             self._changed.notify()
 
-    def take(self, budget: int) -> list[Job]:
-        """Jobs of at most `budget` tokens together, or a single longer one.
+    def _line(self, job: Job) -> Line:
+        key = (job.adapter.name, job.adapter.number) if job.adapter else ("", 0)
+        if key not in self._lines:
+            self._lines[key] = Line(self._weights.get(key[0], 1.0))
+        return self._lines[key]
 
-        Waits for the first; waits for no second. Empty only when the queue is closed.
+    def wake(self) -> None:
+        """A load has ended: lines that waited for it may go on."""
+        with self._changed:
+            self._changed.notify()
+
+    def take(self, budget: int, hold: Hold) -> Taken:
+        """Jobs of at most `budget` tokens together, or a single longer one, with their slots held.
+
+        Waits for the first that can go, and for no second. Empty only when the queue is closed.
         """
         with self._changed:
-            while not self._jobs and not self._closed:
+            while True:
+                taken = self._deal(budget, hold)
+                if taken or self._closed:
+                    return taken
                 self._changed.wait()
-            taken: list[Job] = []
-            tokens = 0
-            while self._jobs and (not taken or tokens + self._jobs[0].tokens <= budget):
-                taken.append(self._jobs.popleft())
-                tokens += taken[-1].tokens
-            return taken
 
     def close(self) -> None:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+
+    def _deal(self, budget: int, hold: Hold) -> Taken:
+        taken, left = Taken(), budget
+        ready = OrderedDict(self._lines)
+        while ready and left > 0:
+            for key, line in list(ready.items()):
+                if not self._hold(line, hold, taken):
+                    del ready[key]
+                    continue
+                line.deficit += QUANTUM * line.weight
+                sent = self._send(line, left, taken)
+                left -= sent
+                if sent:
+                    self._lines.move_to_end(key)  # the next batch begins with the others
+                if not line.jobs or (taken.jobs and line.jobs[0].tokens > left):
+                    del ready[key]  # it keeps its deficit and comes early next time
+        self._drop_empty_lines()
+        return taken
+
+    def _hold(self, line: Line, hold: Hold, taken: Taken) -> bool:
+        """Whether the line's first job can go now; its slot is held then."""
+        _drop_unwanted(line, taken)
+        if not line.jobs:
+            return False
+        adapter = line.jobs[0].adapter
+        if adapter is None or adapter.digest in taken.slots:
+            return True
+        try:
+            slot = hold(adapter.digest)
+        except TrunklineError as error:
+            taken.failed += [(job, error) for job in line.jobs]
+            line.jobs.clear()
+            return False
+        if slot is None:
+            return False
+        taken.slots[adapter.digest] = slot
+        return True
+
+    def _send(self, line: Line, left: int, taken: Taken) -> int:
+        """Move what the deficit and the batch allow; the tokens moved."""
+        sent = 0
+        while line.jobs:
+            tokens = line.jobs[0].tokens
+            fits = tokens <= left - sent or not taken.jobs
+            if not fits or tokens > line.deficit:
+                break
+            taken.jobs.append(line.jobs.popleft())
+            line.deficit -= tokens
+            sent += tokens
+            _drop_unwanted(line, taken)
+        return sent
+
+    def _drop_empty_lines(self) -> None:
+        for key in [key for key, line in self._lines.items() if not line.jobs]:
+            del self._lines[key]
+
+
+def _drop_unwanted(line: Line, taken: Taken) -> None:
+    """Take the jobs off the line's head that nobody waits for, or that are late."""
+    now = time.monotonic()
+    while line.jobs and (line.jobs[0].reply.abandoned or line.jobs[0].deadline <= now):
+        taken.unwanted.append(line.jobs.popleft())

@@ -20,11 +20,27 @@ BODY = (
     "empty_input",
     *READ,
 )
+UPLOAD = (
+    "receive_timeout",
+    "version_conflict",
+    "name_conflict",
+    "body_too_large",
+    "unsupported_media_type",
+    "validation_error",
+    "invalid_adapter",
+    "adapter_has_no_effect",
+    "overloaded",
+    "draining",
+    "read_only",
+    "storage_full",
+    *READ,
+)
 TOKENIZE = (*BODY, "untokenizable_text", "token_out_of_range")
 INFER = (
     *TOKENIZE,
     "adapter_not_found",
     "version_not_found",
+    "adapter_damaged",
     "too_many_inputs",
     "too_many_tokens",
     "sequence_too_long",
@@ -65,4 +81,10 @@ def errors(*codes: str) -> dict[int | str, dict[str, Any]]:
 def json_body(schema: type[BaseModel]) -> dict[str, Any]:
     """FastAPI's `openapi_extra` for a body that the handler reads itself."""
     content = {"application/json": {"schema": schema.model_json_schema()}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def octet_body() -> dict[str, Any]:
+    """The same for a body of bytes."""
+    content = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
     return {"requestBody": {"required": True, "content": content}}

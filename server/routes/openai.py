@@ -1,5 +1,6 @@
 """POST /v1/embeddings and GET /v1/models: OpenAI's shapes, so that its clients work unchanged."""
 
+import asyncio
 from typing import Any
 
 from fastapi import APIRouter
@@ -38,18 +39,20 @@ async def embeddings(request: Request) -> Response:
     return JSONAnswer(answered.envelope(body.model, data))
 
 
-def _reference(model: str, state: ServerState) -> str | None:
+def _reference(model: str, state: ServerState) -> str:
     """The backbone's own id means the backbone, unless an adapter has that very name."""
-    names = {version.name for version in state.registry}
-    return None if model == BASE or (model == state.backbone.id and model not in names) else model
+    if model == state.backbone.id and not state.library.registry.exists(model):
+        return BASE
+    return model
 
 
 @router.get("/models", responses=errors(*READ))
 async def models(request: Request) -> Response:
     """The backbone and every adapter."""
     state = state_of(request)
+    created = await asyncio.to_thread(state.library.registry.creation_times)
     data = [_model(state.backbone.id, state.started)]
-    data += [_model(version.name, version.created_at) for version in state.registry]
+    data += [_model(name, at) for name, at in created.items()]
     return JSONAnswer({"object": "list", "data": data})
 
 

@@ -1,12 +1,14 @@
 """Health, readiness, metrics, and what is served."""
 
+from dataclasses import asdict
+
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
 from server import __version__
 from server.answers import JSONAnswer
-from server.engine.errors import NotReady
+from server.engine.errors import Draining, NotReady
 from server.routes.documented import READ, errors
 from server.state import state_of
 
@@ -22,6 +24,8 @@ async def health() -> Response:
 @router.get("/ready", responses=errors("not_ready", "draining"))
 async def ready(request: Request) -> Response:
     """Whether to send traffic here: the device thread lives and is not stuck."""
+    if state_of(request).draining:
+        raise Draining("the server is stopping")
     if not state_of(request).engine.ready:
         raise NotReady("the engine is not running, or stuck for 2 s")
     return JSONAnswer({"status": "ready"})
@@ -61,7 +65,8 @@ async def info(request: Request) -> Response:
             "config": backbone.config.to_dict(),
             "dtype": state.dtype,
             "device": state.device,
-            "adapters": sum(1 for _ in state.registry),
+            "adapters": state.library.registry.count(),
+            "slots": asdict(state.library.slots.stats()),
             "limits": limits | {"block_size": backbone.config.block_size},
         }
     )

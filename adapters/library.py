@@ -1,0 +1,288 @@
+"""The library of adapters: registry, store, leases and slots, kept in step.
+
+Every operation either happened, and is on the disk, or changed nothing.
+"""
+
+import fcntl
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from adapters.errors import Damaged, InUse, Invalid, NameConflict, NoEffect, ReadOnly
+from adapters.format import AdapterSet, read_adapter
+from adapters.leases import Lease, LeaseBook
+from adapters.names import check_name
+from adapters.probe import probe_delta
+from adapters.registry import Record, Registry, Version
+from adapters.slots import SlotPool
+from adapters.store import BlobStore, Incoming
+from adapters.validate import MAX_RANK, validate
+from model.checkpoint import Backbone
+from model.encoder import Encoder
+
+log = logging.getLogger("trunkline.adapters")
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What an upload asks for besides its bytes."""
+
+    name: str
+    who: str
+    activate: bool = True
+    allow_zero: bool = False
+    if_match: int | None = None
+    must_be_new: bool = False
+
+
+@dataclass
+class Usage:
+    """Of one name, since the start of the process."""
+
+    requests: int = 0
+    last_used: float | None = None  # seconds since 1970
+
+
+class Library:
+    """One data folder, of one backbone, used by one process.
+
+    Raises InUse where another process has the folder.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        backbone: Backbone,
+        encoder: Encoder,
+        slots: Callable[[Callable[[str], AdapterSet]], SlotPool],
+        *,
+        quota: int = 0,
+        max_rank: int = MAX_RANK,
+    ) -> None:
+        self.backbone, self.encoder, self.max_rank = backbone, encoder, max_rank
+        self._lock_file = _lock(folder)
+        self.store = BlobStore(folder / "blobs", quota)
+        self.registry = Registry(folder / "registry.sqlite")
+        self.leases = LeaseBook()
+        self._sweep()
+        self.slots = slots(self._read)
+        self._housekeeper = ThreadPoolExecutor(1, "housekeeper")
+        self._usage: dict[str, Usage] = {}
+        self._usage_lock = threading.Lock()
+        for digest in self.registry.pinned():
+            self.slots.pin(digest)
+            self.slots.want(digest, for_jobs=False)
+
+    def _sweep(self) -> None:
+        self.registry.forget_unused()
+        damaged = self.store.sweep(self.registry.blobs())
+        if damaged:
+            log.warning("%d adapter files are damaged or gone: %s", len(damaged), damaged)
+            self.registry.set_damaged(damaged)
+
+    def _read(self, digest: str) -> AdapterSet:
+        try:
+            return self.store.read(digest)
+        except Damaged:
+            self.registry.set_damaged([digest])
+            raise
+
+    def close(self) -> None:
+        self._housekeeper.shutdown()
+        self.slots.close()
+        self.registry.close()
+        os.close(self._lock_file)
+
+    # Inference.
+
+    def lease(self, reference: str) -> tuple[Version, Lease]:
+        """The version a reference means, and a lease on it. Raises as Registry.resolve.
+
+        Its load begins where it is not resident.
+        """
+        while True:
+            version = self.registry.resolve(reference)
+            lease = self.leases.take(version.name, version.digest)
+            try:
+                # A delete looks at the leases after its commit: what resolves still, with the
+                # lease taken, stays until the lease is released.
+                if self.registry.resolve(reference) == version:
+                    self.slots.want(version.digest)
+                    self._count(version.name)
+                    return version, lease
+            except BaseException:
+                lease.release()
+                raise
+            lease.release()
+
+    def _count(self, name: str) -> None:
+        with self._usage_lock:
+            usage = self._usage.setdefault(name, Usage())
+            usage.requests += 1
+            usage.last_used = time.time()
+
+    def usage(self, name: str) -> Usage:
+        return self._usage.get(name, Usage())
+
+    # Administration. These wait for the disk; none is to be called on the event loop.
+
+    def check_upload(self, upload: Upload) -> None:
+        """What can be refused before the body is read. Raises BadName, NameConflict, Conflict."""
+        if upload.name != upload.name.lower() and self.registry.exists(upload.name.lower()):
+            raise NameConflict("a name that differs by case only is taken")
+        check_name(upload.name)
+        self.registry.check_condition(upload.name, upload.if_match, upload.must_be_new)
+
+    def publish(self, upload: Upload, incoming: Incoming) -> tuple[Version, bool]:
+        """Validate, probe, store and name what was uploaded; the version, and whether it is new.
+
+        Raises BadName, Conflict, Invalid, NoEffect, PoolFull, StorageFull or ReadOnly, and then
+        nothing is stored. `incoming` is the caller's to discard.
+        """
+        self.check_upload(upload)
+        record = self._examine(upload, read_adapter(incoming.path))
+        incoming.sync()
+        previous = self._current_digest(upload.name)
+        try:
+            with self.registry.writing() as connection:
+                self.registry.check_condition(upload.name, upload.if_match, upload.must_be_new)
+                blob = self.store.commit(incoming, self.registry.stored_bytes())
+                number, is_new = self.registry.add(
+                    connection, upload.name, blob, record, upload.who, upload.activate
+                )
+        except BaseException:
+            self._drop_if_unnamed(incoming.digest)
+            raise
+        if upload.activate and previous and self.slots.is_resident(previous):
+            self.slots.want(blob.digest, for_jobs=False)  # so that a swap costs no request a load
+        return self.registry.resolve(f"{upload.name}@{number}"), is_new
+
+    def _examine(self, upload: Upload, adapter: AdapterSet) -> Record:
+        manifest = validate(
+            adapter,
+            self.backbone.config,
+            self.backbone.digest,
+            self.encoder.dtype,
+            self.max_rank,
+        )
+        self.slots.check_size(adapter)
+        delta = probe_delta(self.encoder, adapter, self._base_critic())
+        if delta == 0 and not manifest.labels and not upload.allow_zero:
+            raise NoEffect(
+                "the adapter changes nothing: is every B zero? (allow_zero=true takes it)"
+            )
+        return Record(manifest, adapter.metadata, delta)
+
+    def _base_critic(self) -> Tensor | None:
+        weight = self.backbone.tensors.get("critic_head.weight")
+        return None if weight is None else weight[0].float().to(self.encoder.device)
+
+    def _current_digest(self, name: str) -> str | None:
+        if not self.registry.exists(name):
+            return None
+        current = self.registry.named(name).current
+        return current.digest if current else None
+
+    def _drop_if_unnamed(self, digest: str) -> None:
+        """After a failure: no file stays that no version names."""
+        try:
+            if not self.registry.has_blob(digest):
+                self.store.delete(digest)
+        except ReadOnly:
+            log.warning("%s stays as an orphan until the next start", digest)
+
+    def remove(self, name: str, number: int | None, who: str) -> int:
+        """Unpublish a name or one version of it at once; how many requests still use it.
+
+        Its memory and its file are freed when the last of them is answered.
+        """
+        digests = {version.digest for version in self.registry.remove(name, number, who)}
+        in_flight = sum(
+            self.leases.when_drained(digest, partial(self._collect_soon, digest))
+            for digest in digests
+        )
+        if not in_flight:
+            self._housekeeper.submit(lambda: None).result()  # it has collected what was before
+        return in_flight
+
+    def _collect_soon(self, digest: str) -> None:
+        # The last lease is released by the device thread, which is not to wait for the disk.
+        self._housekeeper.submit(self._collect, digest)
+
+    def _collect(self, digest: str) -> None:
+        """Free slot and file of a digest that no live version names."""
+        try:
+            with self.registry.writing() as connection:
+                if not self.registry.forget_blob(connection, digest):
+                    return
+                self.store.delete(digest)
+        except ReadOnly:
+            log.warning("%s stays on the disk until the next start", digest)
+        self.slots.evict(digest)
+
+    def load(self, reference: str, timeout_s: float) -> tuple[Version, bool]:
+        """Bring a version into the slots and wait for it; False where the time is over."""
+        version = self.registry.resolve(reference)
+        return version, self.slots.load_now(version.digest, timeout_s)
+
+    def unload(self, reference: str, who: str) -> tuple[Version, int]:
+        """Take a version out of the slots when the requests of now are answered; how many.
+
+        A pin goes with it. Later requests load it again.
+        """
+        version = self.registry.resolve(reference)
+        if self.slots.is_pinned(version.digest):
+            self.registry.set_pinned(version.digest, False, version.name, who)
+        evict = partial(self.slots.evict, version.digest)
+        return version, self.leases.when_drained(version.digest, evict)
+
+    def pin(self, reference: str, who: str) -> Version:
+        """Load it and keep it in the slots, after a restart too. Raises PoolFull."""
+        version = self.registry.resolve(reference)
+        self.slots.pin(version.digest)
+        self.registry.set_pinned(version.digest, True, version.name, who)
+        self.slots.want(version.digest, for_jobs=False)
+        return version
+
+    def unpin(self, reference: str, who: str) -> Version:
+        version = self.registry.resolve(reference)
+        self.slots.unpin(version.digest)
+        self.registry.set_pinned(version.digest, False, version.name, who)
+        return version
+
+    def seed(self, folder: Path) -> None:
+        """Publish the files of a folder, under their paths in it, that were never published.
+
+        What was deleted or rolled back since stays so. Raises Invalid, naming the file.
+        """
+        for path in sorted(folder.rglob("*.safetensors")):
+            name = path.relative_to(folder).with_suffix("").as_posix()
+            incoming = self.store.incoming()
+            try:
+                incoming.write(path.read_bytes())
+                if not self.registry.knows(name, incoming.digest):
+                    self.publish(Upload(name, who=f"file {path.name}"), incoming)
+            except Invalid as error:
+                raise Invalid(error.details["reason"], f"{path}: {error.message}") from error
+            finally:
+                incoming.discard()
+
+
+def _lock(folder: Path) -> int:
+    """Raises InUse; the lock ends with the process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise InUse(f"another server uses {folder}; give this one a --data folder") from error
+    return descriptor

@@ -1,0 +1,212 @@
+"""BlobStore: adapter files under their digests. A file is there whole, or not at all."""
+
+import errno
+import hashlib
+import os
+import stat
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from adapters.errors import Damaged, Invalid, ReadOnly, StorageFull
+from adapters.format import AdapterSet, read_adapter
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+@contextmanager
+def storage_errors() -> Iterator[None]:
+    """OSErrors of a full disk as StorageFull, of one that takes no writes as ReadOnly."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise StorageFull("the disk is full; nothing was stored") from error
+        raise ReadOnly("the disk takes no writes; nothing was stored", retry_after_s=30) from error
+
+
+@dataclass(frozen=True)
+class Blob:
+    """A stored file, and the time of its last change: a later change shows that it was touched."""
+
+    digest: str  # sha256:<64 hex>
+    bytes: int
+    mtime_ns: int
+
+
+class Incoming:
+    """An upload on its way: written to a temporary file of its own while it is hashed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.bytes = 0
+        self._sha = hashlib.sha256()
+        with storage_errors():
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            self._file = os.open(path, flags, 0o644)
+
+    def write(self, data: bytes) -> None:
+        """Raises StorageFull or ReadOnly."""
+        with storage_errors():
+            view = memoryview(data)
+            while view:
+                view = view[os.write(self._file, view) :]
+        self._sha.update(data)
+        self.bytes += len(data)
+
+    @property
+    def digest(self) -> str:
+        return f"sha256:{self._sha.hexdigest()}"
+
+    def sync(self) -> None:
+        """Have the bytes on the disk. Raises StorageFull or ReadOnly."""
+        with storage_errors():
+            os.fsync(self._file)
+
+    def discard(self) -> None:
+        """Close it and take it away; nothing where it was stored."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+            self.path.unlink(missing_ok=True)
+
+    def _hand_over(self) -> Blob:
+        with storage_errors():
+            mtime_ns = os.fstat(self._file).st_mtime_ns
+            os.close(self._file)
+        self._file = -1
+        return Blob(self.digest, self.bytes, mtime_ns)
+
+
+class BlobStore:
+    """Files in one folder, named by their SHA-256. `quota` bounds their bytes together, 0 not."""
+
+    def __init__(self, folder: Path, quota: int = 0) -> None:
+        self.folder, self.quota = folder, quota
+        self.incoming_folder = folder / "incoming"
+        self.quarantine_folder = folder / "quarantine"
+        with storage_errors():
+            for each in (folder, self.incoming_folder, self.quarantine_folder):
+                each.mkdir(parents=True, exist_ok=True)
+
+    def path(self, digest: str) -> Path:
+        return self.folder / digest.removeprefix("sha256:")
+
+    def incoming(self) -> Incoming:
+        """Raises StorageFull or ReadOnly."""
+        return Incoming(self.incoming_folder / uuid.uuid4().hex)
+
+    def commit(self, incoming: Incoming, used_bytes: int) -> Blob:
+        """Publish a synced upload under its digest; `used_bytes` are those stored already.
+
+        Raises StorageFull beyond the quota, or as the disk says; the upload is still there then.
+        """
+        if self.quota and used_bytes + incoming.bytes > self.quota:
+            raise StorageFull(f"the store may hold {self.quota} bytes and has {used_bytes}")
+        path = self.path(incoming.digest)
+        was_there = path.exists()
+        try:
+            with storage_errors():
+                os.replace(incoming.path, path)
+                _sync_folder(self.folder)
+        except (StorageFull, ReadOnly):
+            if not was_there:
+                path.unlink(missing_ok=True)
+            raise
+        return incoming._hand_over()
+
+    def read(self, digest: str) -> AdapterSet:
+        """The adapter, its bytes hashed again. Raises Damaged, and then has put it away."""
+        path = self.path(digest)
+        try:
+            if not _is_plain_file(path):
+                raise Damaged(f"{digest} is not a plain file")
+            adapter = read_adapter(path)
+            if adapter.digest != digest:
+                raise Damaged(f"the file of {digest} was changed")
+        except FileNotFoundError as error:
+            raise Damaged(f"the file of {digest} is gone") from error
+        except (Damaged, Invalid) as error:
+            self.quarantine(path)
+            raise Damaged(error.message) from error
+        except OSError as error:
+            raise Damaged(f"the file of {digest} can't be read: {error.strerror}") from error
+        return adapter
+
+    def verify(self, digest: str) -> str | None:
+        """What is wrong with the file of `digest`, or None. Changes nothing."""
+        path = self.path(digest)
+        try:
+            if not _is_plain_file(path):
+                return "not a plain file"
+            return None if _hash(path) == digest else "its bytes are not those of its digest"
+        except OSError as error:
+            return f"can't be read: {error.strerror}"
+
+    def delete(self, digest: str) -> None:
+        """Raises ReadOnly where the disk takes no writes."""
+        with storage_errors():
+            self.path(digest).unlink(missing_ok=True)
+            _sync_folder(self.folder)
+
+    def quarantine(self, path: Path) -> None:
+        """Out of the way, for a person to look at; on a disk without writes it stays."""
+        target = self.quarantine_folder / f"{path.name}.{uuid.uuid4().hex[:8]}"
+        try:
+            os.replace(path, target)
+        except OSError:
+            return
+
+    def sweep(self, known: Mapping[str, Blob]) -> list[str]:
+        """At start: drop what no version names, put away what is damaged or linked.
+
+        `known` is by digest. A file is hashed where its size or time of change are not those it
+        was stored with. Returns the known digests that have no sound file.
+        """
+        with storage_errors():
+            for entry in self.incoming_folder.iterdir():
+                entry.unlink()
+            sound = set()
+            for entry in self.folder.iterdir():
+                if entry in (self.incoming_folder, self.quarantine_folder):
+                    continue
+                blob = known.get(f"sha256:{entry.name}")
+                if blob is None:
+                    self._drop(entry)
+                elif self._is_damaged(entry, blob):
+                    self.quarantine(entry)
+                else:
+                    sound.add(blob.digest)
+        return sorted(set(known) - sound)
+
+    def _drop(self, entry: Path) -> None:
+        """An orphan: a file of a digest that nothing names is deleted, anything else put away."""
+        if _is_plain_file(entry) and len(entry.name) == 64:
+            entry.unlink()
+        else:
+            self.quarantine(entry)
+
+    def _is_damaged(self, entry: Path, blob: Blob) -> bool:
+        status = entry.lstat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size != blob.bytes:
+            return True
+        return status.st_mtime_ns != blob.mtime_ns and _hash(entry) != blob.digest
+
+
+def _is_plain_file(path: Path) -> bool:
+    return stat.S_ISREG(path.lstat().st_mode)
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

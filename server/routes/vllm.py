@@ -1,0 +1,87 @@
+"""POST /v1/load_lora_adapter and /v1/unload_lora_adapter: vLLM's shapes, from one folder only."""
+
+import asyncio
+from pathlib import Path
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from adapters.library import Library, Upload
+from adapters.registry import Version
+from server.answers import JSONAnswer, adapter_entry
+from server.bodies import read_json
+from server.engine.errors import BadInput, Draining
+from server.errors import RequestError
+from server.routes.documented import BODY, UPLOAD, errors, json_body
+from server.schemas import LoadLoraRequest, UnloadLoraRequest
+from server.state import state_of
+
+router = APIRouter(prefix="/v1", tags=["adapters"])
+
+
+@router.post(
+    "/load_lora_adapter",
+    responses=errors(*UPLOAD, "forbidden"),
+    openapi_extra=json_body(LoadLoraRequest),
+)
+async def load_lora_adapter(request: Request) -> Response:
+    """Publish a file below the import root under a name; load_inplace takes a name that exists."""
+    state = state_of(request)
+    body = await read_json(request, LoadLoraRequest, state.settings.max_body_bytes)
+    if state.draining:
+        raise Draining("the server is stopping", retry_after_s=5)
+    path = await asyncio.to_thread(
+        _confined, body.lora_path, state.settings.import_root, state.settings.max_adapter_bytes
+    )
+    wanted = Upload(body.lora_name, "load_lora_adapter", must_be_new=not body.load_inplace)
+    version = await asyncio.to_thread(_publish, state.library, wanted, path)
+    return JSONAnswer({"status": "success"} | (adapter_entry(version) or {}))
+
+
+@router.post(
+    "/unload_lora_adapter",
+    responses=errors(*BODY, "adapter_not_found"),
+    openapi_extra=json_body(UnloadLoraRequest),
+)
+async def unload_lora_adapter(request: Request) -> Response:
+    """Unpublish a name: 202 while requests use it, else 200."""
+    state = state_of(request)
+    body = await read_json(request, UnloadLoraRequest, state.settings.max_body_bytes)
+    in_flight = await asyncio.to_thread(
+        state.library.remove, body.lora_name, None, "unload_lora_adapter"
+    )
+    return JSONAnswer({"status": "success", "in_flight": in_flight}, 202 if in_flight else 200)
+
+
+def _confined(lora_path: str, root: Path | None, max_bytes: int) -> Path:
+    """The file that lora_path means below the root, links followed; a folder's one file in it.
+
+    Raises RequestError; what is outside is told from what is missing by no answer.
+    """
+    if root is None:
+        raise RequestError("forbidden", "no import root is configured: set --import-root")
+    if "\0" in lora_path:
+        raise BadInput("lora_path has a NUL")
+    path = (root / lora_path).resolve()
+    if not path.is_relative_to(root.resolve()):
+        raise RequestError("forbidden", "lora_path leads out of the import root")
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if len(files) != 1 or not files[0].resolve().is_relative_to(root.resolve()):
+        raise BadInput("lora_path must be a safetensors file, or a folder with one")
+    if not files[0].is_file():
+        raise BadInput("lora_path is not a file below the import root")
+    if files[0].stat().st_size > max_bytes:
+        raise RequestError("body_too_large", f"the file may have {max_bytes} bytes")
+    return files[0]
+
+
+def _publish(library: Library, wanted: Upload, path: Path) -> Version:
+    library.check_upload(wanted)
+    incoming = library.store.incoming()
+    try:
+        incoming.write(path.read_bytes())
+        version, _ = library.publish(wanted, incoming)
+        return version
+    finally:
+        incoming.discard()
