@@ -217,7 +217,11 @@ def _summary(named: Named, library: Library) -> dict[str, Any]:
         "name": named.name,
         "version": named.current.number if named.current else None,
         "aliases": {
-            pointer.alias: {"version": pointer.number, "generation": pointer.generation}
+            pointer.alias: {
+                "version": pointer.number,
+                "previous": pointer.previous,
+                "generation": pointer.generation,
+            }
             for pointer in named.pointers
         },
         "versions": [version.number for version in named.versions],
