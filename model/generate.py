@@ -1,5 +1,6 @@
 """Iterative unmasking: how a bidirectional model writes text."""
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,13 +22,15 @@ def unmask(
 
     Each step samples every [MASK], then masks again the doubtful among the new ones, by a cosine
     schedule from all to none (MaskGIT, section 3.2; the critic chooses as in Token-Critic).
-    Raises ValueError without a mask_token_id, or for a temperature that is not positive.
+    Raises ValueError without a mask_token_id, or for a temperature or top_k that is not positive.
     """
     mask_id = gpt.config.mask_token_id
     if mask_id is None:
         raise ValueError("generate needs a mask_token_id: this model writes by unmasking")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, not {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, not {top_k}")
     rows = context.shape[0]
     idx = torch.cat((context, context.new_full((rows, count), mask_id)), dim=1)
     doubt = torch.zeros(idx.shape, device=idx.device)  # of every token: how likely wrong
@@ -35,7 +38,7 @@ def unmask(
         masked = idx == mask_id
         masked[:, : context.shape[1]] = False  # a [MASK] of the prompt is the prompt's own
         idx, chance = _sample(gpt, idx, masked, temperature, top_k)
-        again = int(count * torch.cos(torch.tensor(step / steps * torch.pi / 2)).item())
+        again = int(count * math.cos(step / steps * math.pi / 2))
         if again == 0:
             break
         if gpt.config.add_critic_head:

@@ -277,11 +277,10 @@ class GPT(nn.Module):
         """Put on an adapter set: its own rank at each site, no LoRA where it has none.
 
         LayerNorms and critic head that it carries replace the model's; others stay as they are.
-        Scaling is alpha / r, with rsLoRA alpha / sqrt(r). Raises ValueError for other tensors.
+        Scaling is alpha / r, with rsLoRA alpha / sqrt(r). Raises ValueError, with nothing changed,
+        for a tensor that has no place in this model.
         """
-        strange = sorted(name for name in state if not is_adapter_tensor(name))
-        if strange:
-            raise ValueError(f"not tensors of an adapter: {', '.join(strange[:3])}")
+        self._check_adapter_names(state)
         for layer, block in enumerate(self.blocks):
             for site in LORA_SITES:
                 path = f"transformer.h.{layer}.{site}"
@@ -294,9 +293,22 @@ class GPT(nn.Module):
                 )
                 setattr(block.get_submodule(parent), leaf, lora)
         rest = {name: tensor for name, tensor in state.items() if ".lora_" not in name}
-        _, strange = self.load_state_dict(rest, strict=False)
+        self.load_state_dict(rest, strict=False)
+
+    def _check_adapter_names(self, state: Mapping[str, Tensor]) -> None:
+        paths = [
+            f"transformer.h.{layer}.{site}"
+            for layer in range(self.config.n_layer)
+            for site in LORA_SITES
+        ]
+        for path in paths:
+            if (f"{path}.A.weight" in state) != (f"{path}.B.weight" in state):
+                raise ValueError(f"{path} has only one of A and B")
+        lora = {f"{path}.{matrix}.weight" for path in paths for matrix in "AB"}
+        others = {n for n in self.state_dict() if is_adapter_tensor(n) and ".lora_" not in n}
+        strange = sorted(name for name in state if name not in lora | others)
         if strange:
-            raise ValueError(f"this model has no {', '.join(strange[:3])}")
+            raise ValueError(f"not adapter tensors of this model: {', '.join(strange[:3])}")
 
 
 def is_adapter_tensor(name: str) -> bool:
