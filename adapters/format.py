@@ -98,8 +98,12 @@ def _parse_json(raw: bytes) -> dict[str, Any]:
         )
     try:
         fields = json.loads(
-            raw.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant
+            raw.decode("utf-8"),
+            object_pairs_hook=_no_duplicates,
+            parse_constant=_no_constant,
+            parse_int=_integer,
         )
+        json.dumps(fields, ensure_ascii=False).encode("utf-8")  # no lone surrogate is in it
     except UnicodeDecodeError as error:
         raise Invalid("header_not_utf8", "the header is not UTF-8") from error
     except (ValueError, RecursionError) as error:
@@ -117,6 +121,11 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> None:
     raise ValueError(name)
+
+
+def _integer(text: str) -> int | float:
+    """-0 is no size: a float here, as the safetensors library has it."""
+    return -0.0 if text == "-0" else int(text)
 
 
 def _parse_metadata(value: Any) -> dict[str, str]:
