@@ -41,8 +41,9 @@ class Taken:
 class JobQueue:
     """Deficit round robin over lines (Shreedhar and Varghese 1995). Any thread puts.
 
-    Each round a line may send QUANTUM * weight tokens more, so a hot adapter can't starve the
-    others. A line whose adapter is not resident waits, alone, until its load is done.
+    In its turn a line may send QUANTUM * weight tokens more, so a hot adapter can't starve the
+    others; a turn that a full batch cuts short goes on in the next. A line whose adapter is not
+    resident waits, alone, until its load is done.
     """
 
     def __init__(self, weights: Mapping[str, float] | None = None) -> None:
@@ -91,19 +92,18 @@ class JobQueue:
 
     def _deal(self, budget: int, hold: Hold) -> Taken:
         taken, left = Taken(), budget
-        ready = OrderedDict(self._lines)
-        while ready and left > 0:
-            for key, line in list(ready.items()):
-                if not self._hold(line, hold, taken):
-                    del ready[key]
-                    continue
+        turns = deque(self._lines)
+        while turns and left > 0:
+            key = turns.popleft()
+            line = self._lines[key]
+            if not self._hold(line, hold, taken):
+                continue
+            if line.deficit < line.jobs[0].tokens:  # else a full batch cut its last turn short
                 line.deficit += QUANTUM * line.weight
-                sent = self._send(line, left, taken)
-                left -= sent
-                if sent:
-                    self._lines.move_to_end(key)  # the next batch begins with the others
-                if not line.jobs or (taken.jobs and line.jobs[0].tokens > left):
-                    del ready[key]  # it keeps its deficit and comes early next time
+            left -= self._send(line, left, taken)
+            if line.jobs and line.deficit < line.jobs[0].tokens:
+                self._lines.move_to_end(key)
+                turns.append(key)
         self._drop_empty_lines()
         return taken
 

@@ -67,6 +67,7 @@ async def info(request: Request) -> Response:
             "device": state.device,
             "adapters": state.library.registry.count(),
             "slots": asdict(state.library.slots.stats()),
+            "leases": state.library.leases.total,
             "limits": limits | {"block_size": backbone.config.block_size},
         }
     )

@@ -1,0 +1,384 @@
+"""The library against a simple model of it: any order of operations, restarts among them."""
+
+import itertools
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, random_adapter, random_gpt, tiny_tokenizer
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    invariant,
+    multiple,
+    precondition,
+    rule,
+)
+
+from adapters.errors import Conflict, Invalid, NotFound, PoolFull, TrunklineError, VersionNotFound
+from adapters.format import AdapterSet, adapter_bytes
+from adapters.leases import Lease
+from adapters.library import Library, Upload
+from adapters.names import CURRENT
+from adapters.registry import Version
+from adapters.slots import SlotPool
+from adapters.weights import placed_bytes
+from model.checkpoint import Backbone, backbone_digest, backbone_tensors
+from model.encoder import Encoder
+
+EXAMPLES = int(os.environ.get("STATE_EXAMPLES", "15"))
+STEPS = int(os.environ.get("STATE_STEPS", "40"))
+
+NAMES = st.sampled_from(["a", "b", "acme/c"])
+ALIASES = st.sampled_from([CURRENT, "stable", "canary"])
+FILES = 6
+SLOTS = 3
+
+
+@lru_cache
+def backbone() -> Backbone:
+    tensors = backbone_tensors(TINY, random_gpt(TINY).state_dict())
+    return Backbone("tiny", TINY, tensors, tiny_tokenizer(), None, backbone_digest(TINY, tensors))
+
+
+@lru_cache
+def encoder() -> Encoder:
+    torch.set_num_threads(1)
+    return Encoder(TINY, backbone().tensors)
+
+
+@lru_cache
+def adapter_file(seed: int) -> bytes:
+    metadata = {"lora_alpha": "8.0", "base_digest": backbone().digest}
+    return adapter_bytes(random_adapter(TINY, seed), metadata)
+
+
+def make_pool(read) -> SlotPool:
+    tensors = random_adapter(TINY, 0)
+    size = placed_bytes(AdapterSet(tensors, {"lora_alpha": "8.0"}, ""), torch.float32)
+    return SlotPool(
+        TINY,
+        torch.float32,
+        torch.device("cpu"),
+        capacity_bytes=size * SLOTS,
+        max_slots=0,
+        read=read,
+        debug=True,
+    )
+
+
+@dataclass
+class Name:
+    """What the registry must say of a name."""
+
+    versions: dict[int, str] = field(default_factory=dict)  # live ones: number -> digest
+    pointers: dict[str, int] = field(default_factory=dict)
+    generations: dict[str, int] = field(default_factory=dict)
+    last: int = 0
+
+    def point(self, alias: str, number: int) -> None:
+        self.pointers[alias] = number
+        self.generations[alias] = self.generations.get(alias, 0) + 1
+
+    def drop(self, number: int) -> None:
+        del self.versions[number]
+        for alias in [alias for alias, at in self.pointers.items() if at == number]:
+            del self.pointers[alias]
+            self.generations[alias] += 1
+
+
+class LibraryStates(RuleBasedStateMachine):
+    leases = Bundle("leases")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = Path(tempfile.mkdtemp(prefix="library-"))
+        self.names: dict[str, Name] = {}
+        self.held: dict[Lease, Version] = {}
+        self.pinned: set[str] = set()
+        self.open()
+
+    def open(self) -> None:
+        self.library = Library(self.folder, backbone(), encoder(), make_pool)
+
+    def upload(self, name: str, data: bytes, **options) -> tuple[Version, bool]:
+        incoming = self.library.store.incoming()
+        try:
+            incoming.write(data)
+            return self.library.publish(Upload(name, "test", **options), incoming)
+        finally:
+            incoming.discard()
+
+    def settle(self) -> None:
+        """Wait for the housekeeper and the loader to have nothing left to do."""
+        self.library._housekeeper.submit(lambda: None).result()
+        pool = self.library.slots
+        with pool._cond:
+            assert pool._cond.wait_for(lambda: not pool._wanted and not pool._loading, 20)
+
+    def teardown(self) -> None:
+        for lease in self.held:
+            lease.release()
+        self.settle()
+        stats = self.library.slots.stats()
+        assert self.library.leases.total == stats.held == stats.leaving == 0
+        self.library.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    @rule(name=NAMES, seed=st.integers(0, FILES - 1), activate=st.booleans())
+    def put(self, name: str, seed: int, activate: bool) -> None:
+        version, is_new = self.upload(name, adapter_file(seed), activate=activate)
+        known = self.names.setdefault(name, Name())
+        latest = max(known.versions, default=None)
+        same = [known.pointers.get(CURRENT), None if activate else latest]
+        repeated = [n for n in same if n and known.versions[n] == version.digest]
+        assert is_new == (not repeated)
+        if repeated:
+            assert version.number in repeated
+            return
+        known.last += 1
+        assert version.number == known.last
+        known.versions[version.number] = version.digest
+        if activate:
+            known.point(CURRENT, version.number)
+
+    @rule(name=NAMES, seed=st.integers(0, FILES - 1), number=st.integers(0, 5))
+    def put_if_match(self, name: str, seed: int, number: int) -> None:
+        known = self.names.get(name, Name())
+        if known.pointers.get(CURRENT, -1) == number:
+            self.put_matching(name, seed, number)
+            return
+        with pytest.raises(Conflict):
+            self.upload(name, adapter_file(seed), if_match=number)
+
+    def put_matching(self, name: str, seed: int, number: int) -> None:
+        known = self.names[name]
+        version, is_new = self.upload(name, adapter_file(seed), if_match=number)
+        assert is_new == (known.versions[number] != version.digest)
+        if is_new:
+            known.last += 1
+            known.versions[known.last] = version.digest
+            known.point(CURRENT, known.last)
+
+    @rule(name=NAMES, cut=st.integers(1, 100))
+    def put_broken(self, name: str, cut: int) -> None:
+        with pytest.raises(Invalid):
+            self.upload(name, adapter_file(0)[:-cut])
+
+    @rule(name=NAMES, alias=ALIASES, number=st.integers(1, 6), data=st.data())
+    def promote(self, name: str, alias: str, number: int, data: st.DataObject) -> None:
+        known = self.names.get(name, Name())
+        generation = known.generations.get(alias, 0)
+        if_match = data.draw(st.sampled_from([None, generation, generation + 1]))
+        point = self.library.registry.point
+        if number not in known.versions:
+            with pytest.raises(NotFound):
+                point(name, alias, number, "test", if_match)
+        elif if_match == generation + 1:
+            with pytest.raises(Conflict):
+                point(name, alias, number, "test", if_match)
+        else:
+            pointer = point(name, alias, number, "test", if_match)
+            known.point(alias, number)
+            assert pointer.generation == known.generations[alias]
+
+    @rule(name=NAMES, number=st.none() | st.integers(1, 6))
+    def delete(self, name: str, number: int | None) -> None:
+        known = self.names.get(name, Name())
+        doomed = list(known.versions) if number is None else [number]
+        if not known.versions or not set(doomed) <= set(known.versions):
+            with pytest.raises(NotFound):
+                self.library.remove(name, number, "test")
+            return
+        digests = {known.versions[n] for n in doomed}
+        in_flight = self.library.remove(name, number, "test")
+        assert in_flight == sum(v.digest in digests for v in self.held.values())
+        for each in doomed:
+            known.drop(each)
+        self.settle()
+        live = {d for n in self.names.values() for d in n.versions.values()}
+        self.pinned -= digests - live - {v.digest for v in self.held.values()}
+
+    @rule(target=leases, name=NAMES, suffix=st.sampled_from(["", "@1", "@2", "@stable"]))
+    def lease(self, name: str, suffix: str) -> object:
+        try:
+            expected = self.expected(name + suffix)
+            version, lease = self.library.lease(name + suffix)
+        except NotFound as error:
+            assert self.expected(name + suffix) is None, error
+            return multiple()
+        assert version.digest == expected
+        self.held[lease] = version
+        return lease
+
+    @rule(lease=consumes(leases))
+    def release(self, lease: Lease) -> None:
+        if lease in self.held:
+            lease.release()
+            del self.held[lease]
+
+    @rule(name=NAMES)
+    def load(self, name: str) -> None:
+        if self.expected(name) is None:
+            with pytest.raises(NotFound):
+                self.library.load(name, 10)
+            return
+        version, done = self.library.load(name, 10)
+        assert done
+        assert version.digest == self.expected(name)
+
+    @rule(name=NAMES)
+    def unload(self, name: str) -> None:
+        digest = self.expected(name)
+        if digest is None:
+            return
+        version, in_flight = self.library.unload(name, "test")
+        self.pinned.discard(digest)
+        assert in_flight == sum(v.digest == digest for v in self.held.values())
+        self.settle()
+        if not in_flight:
+            assert not self.library.slots.is_resident(version.digest)
+
+    @rule(name=NAMES)
+    def pin(self, name: str) -> None:
+        digest = self.expected(name)
+        if digest is None:
+            return
+        try:
+            self.library.pin(name, "test")
+            self.pinned.add(digest)
+        except PoolFull:
+            assert len(self.pinned - {digest}) >= SLOTS // 2
+
+    @rule(name=NAMES)
+    def unpin(self, name: str) -> None:
+        digest = self.expected(name)
+        if digest is not None:
+            self.library.unpin(name, "test")
+            self.pinned.discard(digest)
+
+    @precondition(lambda self: not self.held)
+    @rule()
+    def restart(self) -> None:
+        self.library.close()
+        self.open()
+
+    @rule()
+    def restart_after_a_crash(self) -> None:
+        """As a kill leaves it: no lease is released, no drain ends."""
+        self.held.clear()
+        crashed, self.library = self.library, None
+        crashed._housekeeper.shutdown()
+        crashed.slots.close()
+        crashed.registry.close()
+        os.close(crashed._lock_file)
+        (self.folder / "blobs" / "incoming" / "half").write_bytes(b"half an upload")
+        self.open()
+        assert not any((self.folder / "blobs" / "incoming").iterdir())
+        live = {d for n in self.names.values() for d in n.versions.values()}
+        self.pinned &= live
+
+    def expected(self, reference: str) -> str | None:
+        """The digest that a reference must mean."""
+        name, _, rest = reference.partition("@")
+        known = self.names.get(name, Name())
+        number = int(rest) if rest.isdigit() else known.pointers.get(rest or CURRENT)
+        return known.versions.get(number) if number else None
+
+    @invariant()
+    def the_registry_says_what_the_model_says(self) -> None:
+        for name, known in self.names.items():
+            for suffix in ("", "@stable", "@canary", "@1", "@2", "@3"):
+                try:
+                    found = self.library.registry.resolve(name + suffix).digest
+                except (NotFound, VersionNotFound):
+                    found = None
+                assert found == self.expected(name + suffix)
+            generations = {
+                alias: self.library.registry._pointer(name, alias).generation
+                for alias in known.generations
+            }
+            assert generations == known.generations  # the model's only grow
+
+    @invariant()
+    def what_is_visible_is_on_the_disk_under_its_digest(self) -> None:
+        live = {d for known in self.names.values() for d in known.versions.values()}
+        held = {version.digest for version in self.held.values()}
+        for digest in live | held:
+            assert self.library.store.verify(digest) is None
+        on_disk = {f"sha256:{path.name}" for path in self.library.store.folder.iterdir()}
+        on_disk -= {"sha256:incoming", "sha256:quarantine"}
+        assert on_disk <= live | held
+
+    @invariant()
+    def leases_are_those_taken(self) -> None:
+        assert self.library.leases.total == len(self.held)
+
+    @invariant()
+    def slots_stay_within_the_pool(self) -> None:
+        self.settle()
+        stats = self.library.slots.stats()
+        assert stats.resident + stats.leaving <= SLOTS
+        assert stats.used_bytes * SLOTS == (stats.resident + stats.leaving) * stats.capacity_bytes
+        assert {d for d in self.pinned if self.library.slots.is_pinned(d)} == self.pinned
+
+
+TestLibraryStates = pytest.mark.filterwarnings("ignore::ResourceWarning")(LibraryStates.TestCase)
+TestLibraryStates.settings = settings(
+    max_examples=EXAMPLES,
+    stateful_step_count=STEPS,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def test_a_second_process_is_refused_the_folder(tmp_path: Path) -> None:
+    first = Library(tmp_path, backbone(), encoder(), make_pool)
+    with pytest.raises(TrunklineError, match="another server uses"):
+        Library(tmp_path, backbone(), encoder(), make_pool)
+    first.close()
+    Library(tmp_path, backbone(), encoder(), make_pool).close()
+
+
+def test_seeding_brings_each_file_once_and_never_undoes_what_was_done_since(tmp_path: Path) -> None:
+    seeds = tmp_path / "seeds"
+    for name, seed in (("a", 0), ("acme/b", 1)):
+        path = seeds / f"{name}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(adapter_file(seed))
+    library = Library(tmp_path / "data", backbone(), encoder(), make_pool)
+    library.seed(seeds)
+    library.seed(seeds)
+    registry = library.registry
+    assert [named.name for named in registry.page()] == ["a", "acme/b"]
+    (seeds / "a.safetensors").write_bytes(adapter_file(2))
+    library.seed(seeds)
+    assert registry.resolve("a").number == 2
+    registry.point("a", CURRENT, 1, "test")
+    library.remove("acme/b", None, "test")
+    library.seed(seeds)
+    assert registry.resolve("a").number == 1
+    assert not registry.exists("acme/b")
+    library.close()
+
+
+def test_ids_of_deleted_versions_are_never_given_again(tmp_path: Path) -> None:
+    library = Library(tmp_path, backbone(), encoder(), make_pool)
+    numbers = []
+    for seed in itertools.islice(itertools.cycle(range(3)), 6):
+        incoming = library.store.incoming()
+        incoming.write(adapter_file(seed))
+        version, _ = library.publish(Upload("a", "test"), incoming)
+        incoming.discard()
+        numbers.append(version.number)
+        library.remove("a", None, "test")
+    assert numbers == [1, 2, 3, 4, 5, 6]
+    library.close()
