@@ -486,6 +486,15 @@ def test_no_special_token_is_generated_however_long_the_text(
     assert not SPECIAL & set(out.flatten().tolist())
 
 
+def test_every_step_reads_the_prompt_as_it_was_given() -> None:
+    gpt, prompt = random_gpt(TINY), torch.tensor([[CLS, MASK, 4, PAD, MASK]])
+    seen: list[Tensor] = []
+    gpt.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    gpt.generate(prompt, 6, steps=4)
+    assert len(seen) == 4
+    assert all(torch.equal(idx[:, :5], prompt) for idx in seen)
+
+
 def test_one_step_with_top_k_1_is_the_argmax_at_the_appended_masks() -> None:
     gpt, prompt = random_gpt(TINY), some_ids(3, 6)
     logits = gpt(torch.cat((prompt, torch.full((3, 4), MASK)), dim=1))[0]
