@@ -68,14 +68,7 @@ class AdapterSet:
 
 def parse_header(file: bytes | bytearray) -> Header:
     """The header of a whole file in memory. Raises Invalid; makes no tensor."""
-    if len(file) < 8:
-        raise Invalid("truncated", f"the file has {len(file)} bytes; a header length alone is 8")
-    length = int.from_bytes(file[:8], "little")
-    if length > MAX_HEADER_BYTES:
-        raise Invalid(
-            "header_too_large",
-            f"the header is said to be {length} bytes long, more than {MAX_HEADER_BYTES}",
-        )
+    length = header_length(file)
     if length > len(file) - 8:
         raise Invalid("truncated", "the header is said to be longer than the file")
     fields = _parse_json(bytes(file[8 : 8 + length]))
@@ -91,11 +84,24 @@ def parse_header(file: bytes | bytearray) -> Header:
     return Header(tensors, metadata, 8 + length)
 
 
-def _parse_json(raw: bytes) -> dict[str, Any]:
-    if not raw.startswith(b"{"):
+def header_length(first: bytes | bytearray) -> int:
+    """What a file's first bytes, 9 are enough, say of its header. Raises Invalid."""
+    if len(first) < 8:
+        raise Invalid("truncated", f"the file has {len(first)} bytes; a header length alone is 8")
+    length = int.from_bytes(first[:8], "little")
+    if length == 0 or first[8:9] not in (b"", b"{"):
         raise Invalid(
             "not_safetensors", "the header does not begin with '{': not a safetensors file"
         )
+    if length > MAX_HEADER_BYTES:
+        raise Invalid(
+            "header_too_large",
+            f"the header is said to be {length} bytes long, more than {MAX_HEADER_BYTES}",
+        )
+    return length
+
+
+def _parse_json(raw: bytes) -> dict[str, Any]:
     try:
         fields = json.loads(
             raw.decode("utf-8"),

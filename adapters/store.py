@@ -6,7 +6,7 @@ import os
 import stat
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,11 +66,16 @@ class Incoming:
             os.fsync(self._file)
 
     def discard(self) -> None:
-        """Close it and take it away; nothing where it was stored."""
+        """Close it and take it away; nothing where it was stored.
+
+        On a disk that refuses even that, it is left to the sweep of the next start.
+        """
         if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
-            self.path.unlink(missing_ok=True)
+            file, self._file = self._file, -1
+            with suppress(OSError):
+                os.close(file)
+            with suppress(OSError):
+                self.path.unlink(missing_ok=True)
 
     def _hand_over(self) -> Blob:
         with storage_errors():

@@ -150,6 +150,7 @@ def _check_classifier(
 def _parse_labels(text: str | None) -> tuple[str, ...]:
     try:
         labels = json.loads(text or "null")
+        json.dumps(labels, ensure_ascii=False).encode("utf-8")  # no lone surrogate is in it
     except (ValueError, RecursionError):
         labels = None
     proper = isinstance(labels, list) and all(isinstance(v, str) and v for v in labels)

@@ -1,6 +1,7 @@
 """POST /v1/load_lora_adapter and /v1/unload_lora_adapter: vLLM's shapes, from one folder only."""
 
 import asyncio
+import os
 from pathlib import Path
 
 from fastapi import APIRouter
@@ -9,6 +10,7 @@ from starlette.responses import Response
 
 from adapters.library import Library, Upload
 from adapters.registry import Version
+from adapters.store import Incoming
 from server.answers import JSONAnswer, adapter_entry
 from server.bodies import read_json
 from server.engine.errors import BadInput, Draining
@@ -16,6 +18,7 @@ from server.errors import RequestError
 from server.routes.documented import BODY, UPLOAD, errors, json_body
 from server.schemas import LoadLoraRequest, UnloadLoraRequest
 from server.state import state_of
+from server.uploads import WRITE_BYTES, too_large
 
 router = APIRouter(prefix="/v1", tags=["adapters"])
 
@@ -31,11 +34,11 @@ async def load_lora_adapter(request: Request) -> Response:
     body = await read_json(request, LoadLoraRequest, state.settings.max_body_bytes)
     if state.draining:
         raise Draining("the server is stopping", retry_after_s=5)
-    path = await asyncio.to_thread(
-        _confined, body.lora_path, state.settings.import_root, state.settings.max_adapter_bytes
-    )
+    path = await asyncio.to_thread(_confined, body.lora_path, state.settings.import_root)
     wanted = Upload(body.lora_name, "load_lora_adapter", must_be_new=not body.load_inplace)
-    version = await asyncio.to_thread(_publish, state.library, wanted, path)
+    version = await asyncio.to_thread(
+        _publish, state.library, wanted, path, state.settings.max_adapter_bytes
+    )
     return JSONAnswer({"status": "success"} | (adapter_entry(version) or {}))
 
 
@@ -54,7 +57,7 @@ async def unload_lora_adapter(request: Request) -> Response:
     return JSONAnswer({"status": "success", "in_flight": in_flight}, 202 if in_flight else 200)
 
 
-def _confined(lora_path: str, root: Path | None, max_bytes: int) -> Path:
+def _confined(lora_path: str, root: Path | None) -> Path:
     """The file that lora_path means below the root, links followed; a folder's one file in it.
 
     Raises RequestError; what is outside is told from what is missing by no answer.
@@ -63,25 +66,44 @@ def _confined(lora_path: str, root: Path | None, max_bytes: int) -> Path:
         raise RequestError("forbidden", "no import root is configured: set --import-root")
     if "\0" in lora_path:
         raise BadInput("lora_path has a NUL")
-    path = (root / lora_path).resolve()
-    if not path.is_relative_to(root.resolve()):
-        raise RequestError("forbidden", "lora_path leads out of the import root")
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    if len(files) != 1 or not files[0].resolve().is_relative_to(root.resolve()):
-        raise BadInput("lora_path must be a safetensors file, or a folder with one")
-    if not files[0].is_file():
+    path = _below(root, root / lora_path)
+    if os.path.isdir(path):
+        files = list(path.glob("*.safetensors"))
+        if len(files) != 1:
+            raise BadInput("a folder must have one safetensors file to be loaded")
+        path = _below(root, files[0])
+    if not os.path.isfile(path):
         raise BadInput("lora_path is not a file below the import root")
-    if files[0].stat().st_size > max_bytes:
-        raise RequestError("body_too_large", f"the file may have {max_bytes} bytes")
-    return files[0]
+    return path
 
 
-def _publish(library: Library, wanted: Upload, path: Path) -> Version:
+def _below(root: Path, path: Path) -> Path:
+    try:
+        resolved = path.resolve()
+    except RuntimeError:  # a loop of links
+        resolved = Path()
+    if not resolved.is_relative_to(root.resolve()):
+        raise RequestError("forbidden", "lora_path leads out of the import root")
+    return resolved
+
+
+def _publish(library: Library, wanted: Upload, path: Path, max_bytes: int) -> Version:
     library.check_upload(wanted)
     incoming = library.store.incoming()
     try:
-        incoming.write(path.read_bytes())
+        _copy(path, incoming, max_bytes)
         version, _ = library.publish(wanted, incoming)
         return version
     finally:
         incoming.discard()
+
+
+def _copy(path: Path, incoming: Incoming, max_bytes: int) -> None:
+    try:
+        with path.open("rb") as file:
+            while part := file.read(WRITE_BYTES):
+                if incoming.bytes + len(part) > max_bytes:
+                    raise too_large(max_bytes)
+                incoming.write(part)
+    except OSError as error:
+        raise BadInput(f"lora_path can't be read: {error.strerror}") from error

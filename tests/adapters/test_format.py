@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bad_files import HEADER_FAULTS, file_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, load_file, save
@@ -20,7 +21,6 @@ from adapters.errors import Invalid
 from adapters.format import (
     DTYPES,
     FORMAT,
-    MAX_HEADER_BYTES,
     MAX_TENSORS,
     adapter_bytes,
     parse_adapter,
@@ -50,11 +50,6 @@ def tensors_of_any_bits(draw: st.DrawFn) -> Tensor:
 
 NAMES = TEXTS.filter(lambda name: name != "__metadata__")
 TENSORS = st.dictionaries(NAMES, tensors_of_any_bits(), min_size=1, max_size=4)
-
-
-def file_of(header: str | bytes, data: bytes = b"") -> bytes:
-    raw = header.encode() if isinstance(header, str) else header
-    return len(raw).to_bytes(8, "little") + raw + data
 
 
 def split(file: bytes) -> tuple[str, bytes]:
@@ -210,72 +205,9 @@ def test_every_truncation_is_refused() -> None:
         assert reason_of(VALID[:length]) in ("truncated", "no_tensors", "not_safetensors")
 
 
-def entry(**changes: object) -> str:
-    """A header of one tensor `a`, of 2 x 3 float32 and so 24 bytes, but for the changes."""
-    fields = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]} | changes
-    return json.dumps({"a": fields})
-
-
-ENTRY = '"{}":{{"dtype":"F32","shape":[2],"data_offsets":[{}]}}'
-
-
-def two_entries(first: str, second: str, name: str = "b") -> str:
-    return f"{{{ENTRY.format('a', first)},{ENTRY.format(name, second)}}}"
-
-
-REFUSED = {
-    "empty file": (b"", "truncated"),
-    "7 bytes": (b"\1\0\0\0\0\0\0", "truncated"),
-    "header length 0": (file_of(b""), "not_safetensors"),
-    "header length 2^64-1": (b"\xff" * 8 + b"{}", "header_too_large"),
-    "header over the cap": (file_of(b"{" + b" " * MAX_HEADER_BYTES), "header_too_large"),
-    "header longer than the file": ((100).to_bytes(8, "little") + b"{}", "truncated"),
-    "header not UTF-8": (file_of(b'{"\xff":1}'), "header_not_utf8"),
-    "header an array": (file_of("[]"), "not_safetensors"),
-    "header not JSON": (file_of("{a}"), "header_not_json"),
-    "header of depth 100,000": (file_of('{"a":' + "[" * 100_000), "header_not_json"),
-    "leading spaces": (file_of(" " + entry(), bytes(24)), "not_safetensors"),
-    "no tensors": (file_of("{}"), "no_tensors"),
-    "metadata only": (file_of('{"__metadata__":{"a":"b"}}'), "no_tensors"),
-    "metadata not strings": (file_of('{"__metadata__":{"a":1}}'), "bad_metadata"),
-    "duplicate name": (file_of(two_entries("0,8", "8,16", "a"), bytes(16)), "duplicate_name"),
-    "duplicate name, escaped": (
-        file_of(two_entries("0,8", "8,16", "\\u0061"), bytes(16)),
-        "duplicate_name",
-    ),
-    "lone surrogate": (
-        file_of(two_entries("0,8", "8,16", "\\ud800"), bytes(16)),
-        "header_not_json",
-    ),
-    "unknown field": (file_of(entry(extra=1), bytes(24)), "bad_entry"),
-    "missing field": (file_of('{"a":{"dtype":"F32","shape":[2]}}', bytes(8)), "bad_entry"),
-    "overlap": (file_of(two_entries("0,8", "4,12"), bytes(12)), "overlap"),
-    "hole": (file_of(two_entries("0,8", "12,20"), bytes(20)), "hole"),
-    "hole in front": (file_of(entry(data_offsets=[4, 28]), bytes(28)), "hole"),
-    "trailing bytes": (VALID + b"PK\3\4", "trailing_bytes"),
-    "truncated": (VALID[:-1], "truncated"),
-    "negative offset": (file_of(entry(data_offsets=[-24, 0]), bytes(24)), "bad_offsets"),
-    "negative zero": (file_of(entry().replace("[0,", "[-0,"), bytes(24)), "bad_offsets"),
-    "reversed offsets": (file_of(entry(data_offsets=[24, 0]), bytes(24)), "bad_offsets"),
-    "offsets too short": (file_of(entry(data_offsets=[0, 20]), bytes(20)), "bad_offsets"),
-    "three offsets": (file_of(entry(data_offsets=[0, 24, 24]), bytes(24)), "bad_offsets"),
-    "product overflow": (file_of(entry(shape=[2**33, 2**33]), bytes(24)), "bad_offsets"),
-    "shape [0, 2^62]": (file_of(entry(shape=[0, 2**62], data_offsets=[0, 0])), "bad_shape"),
-    "1,000 dimensions": (file_of(entry(shape=[1] * 1000), bytes(24)), "bad_shape"),
-    "a scalar": (file_of(entry(shape=[], data_offsets=[0, 4]), bytes(4)), "bad_shape"),
-    "fractional shape": (file_of(entry(shape=[2.0, 3]), bytes(24)), "bad_shape"),
-    "pickle": (b"\x80\x02}q\x00(X\x01\x00\x00\x00aq\x01K\x01u.", "header_too_large"),
-    "ZIP": (b"PK\x03\x04\x00\x00\x08\x08\x00\x00\x00\x00", "header_too_large"),
-    "gzip": (b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03", "truncated"),
-} | {
-    f"dtype {dtype}": (file_of(entry(dtype=dtype), bytes(24)), "dtype")
-    for dtype in ("F64", "I8", "BOOL", "F8_E4M3", "F8_E5M2", "F4", "U64", "C64")
-}
-
-
-@pytest.mark.parametrize("fault", REFUSED)
+@pytest.mark.parametrize("fault", HEADER_FAULTS)
 def test_a_fault_of_the_header_is_refused_with_its_reason(fault: str) -> None:
-    file, reason = REFUSED[fault]
+    file, reason = HEADER_FAULTS[fault]
     assert reason_of(file) == reason
 
 
