@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 ENV_PREFIX = "TRUNKLINE_"
+CLIENT_VARIABLES = {"TRUNKLINE_URL", "TRUNKLINE_KEY"}  # of `trunkline adapters`: no settings
 
 
 def _parse_bytes(value: object) -> object:
@@ -90,7 +91,7 @@ def load_settings(flags: dict[str, Any], file: Path | None = None) -> Settings:
     environment = {
         name.removeprefix(ENV_PREFIX).lower(): value
         for name, value in os.environ.items()
-        if name.startswith(ENV_PREFIX)
+        if name.startswith(ENV_PREFIX) and name not in CLIENT_VARIABLES
     }
     try:
         from_file = tomllib.loads(file.read_text("utf-8")) if file else {}
