@@ -4,7 +4,6 @@ import itertools
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,12 +21,12 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
+from registry_model import CURRENT, Name
 
 from adapters.errors import Conflict, Invalid, NotFound, PoolFull, TrunklineError, VersionNotFound
 from adapters.format import AdapterSet, adapter_bytes
 from adapters.leases import Lease
 from adapters.library import Library, Upload
-from adapters.names import CURRENT
 from adapters.registry import Version
 from adapters.slots import SlotPool
 from adapters.weights import placed_bytes
@@ -75,26 +74,6 @@ def make_pool(read) -> SlotPool:
     )
 
 
-@dataclass
-class Name:
-    """What the registry must say of a name."""
-
-    versions: dict[int, str] = field(default_factory=dict)  # live ones: number -> digest
-    pointers: dict[str, int] = field(default_factory=dict)
-    generations: dict[str, int] = field(default_factory=dict)
-    last: int = 0
-
-    def point(self, alias: str, number: int) -> None:
-        self.pointers[alias] = number
-        self.generations[alias] = self.generations.get(alias, 0) + 1
-
-    def drop(self, number: int) -> None:
-        del self.versions[number]
-        for alias in [alias for alias, at in self.pointers.items() if at == number]:
-            del self.pointers[alias]
-            self.generations[alias] += 1
-
-
 class LibraryStates(RuleBasedStateMachine):
     leases = Bundle("leases")
 
@@ -137,18 +116,7 @@ class LibraryStates(RuleBasedStateMachine):
     def put(self, name: str, seed: int, activate: bool) -> None:
         version, is_new = self.upload(name, adapter_file(seed), activate=activate)
         known = self.names.setdefault(name, Name())
-        latest = max(known.versions, default=None)
-        same = [known.pointers.get(CURRENT), None if activate else latest]
-        repeated = [n for n in same if n and known.versions[n] == version.digest]
-        assert is_new == (not repeated)
-        if repeated:
-            assert version.number in repeated
-            return
-        known.last += 1
-        assert version.number == known.last
-        known.versions[version.number] = version.digest
-        if activate:
-            known.point(CURRENT, version.number)
+        assert (version.number, is_new) == known.put(version.digest, activate)
 
     @rule(name=NAMES, seed=st.integers(0, FILES - 1), number=st.integers(0, 5))
     def put_if_match(self, name: str, seed: int, number: int) -> None:
@@ -160,13 +128,8 @@ class LibraryStates(RuleBasedStateMachine):
             self.upload(name, adapter_file(seed), if_match=number)
 
     def put_matching(self, name: str, seed: int, number: int) -> None:
-        known = self.names[name]
         version, is_new = self.upload(name, adapter_file(seed), if_match=number)
-        assert is_new == (known.versions[number] != version.digest)
-        if is_new:
-            known.last += 1
-            known.versions[known.last] = version.digest
-            known.point(CURRENT, known.last)
+        assert (version.number, is_new) == self.names[name].put(version.digest)
 
     @rule(name=NAMES, cut=st.integers(1, 100))
     def put_broken(self, name: str, cut: int) -> None:
@@ -212,8 +175,8 @@ class LibraryStates(RuleBasedStateMachine):
         try:
             expected = self.expected(name + suffix)
             version, lease = self.library.lease(name + suffix)
-        except NotFound as error:
-            assert self.expected(name + suffix) is None, error
+        except NotFound:
+            assert self.expected(name + suffix) is None
             return multiple()
         assert version.digest == expected
         self.held[lease] = version

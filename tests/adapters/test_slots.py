@@ -1,5 +1,6 @@
 """Arena, slots and leases: bounded, exactly once, never written while in use."""
 
+import itertools
 import threading
 import time
 from collections.abc import Callable
@@ -92,7 +93,7 @@ def test_arena_extents_never_overlap_and_all_bytes_come_back(steps: list[tuple[b
         elif held:
             arena.free(held.pop(number % len(held)))
         spans = sorted((extent.start, extent.end) for extent in held)
-        assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False))
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
         assert all(start % ALIGNMENT == 0 for start, _ in spans)
         assert sum(extent.bytes for extent in held) + arena.free_bytes == arena.capacity
     for extent in held:
