@@ -3,8 +3,10 @@
 import click
 
 from server import __version__
+from server.cli.adapters import adapters
 from server.cli.checkpoints import import_
 from server.cli.serve import serve
+from server.cli.train import train_
 
 
 @click.group()
@@ -13,5 +15,5 @@ def main() -> None:
     """One resident trunk, thousands of adapters."""
 
 
-for command in (serve, import_):
+for command in (serve, adapters, import_, train_):
     main.add_command(command)

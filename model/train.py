@@ -1,0 +1,206 @@
+"""The training loop: steps, schedule, checkpoints. A run killed at any point goes on as if not.
+
+All that is random in a step is drawn from a generator seeded by (seed, step), and the order of the
+data is a function of (seed, epoch): a checkpoint needs the weights, the optimizer and the step.
+"""
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.batches import Batch, Batches, Example
+from model.objectives import Objective
+
+CHECKPOINT_FILE = "checkpoint.pt"
+LOG_FILE = "log.jsonl"
+LEAST_RATE = 0.05  # of the learning rate: where the cosine ends
+
+
+class RunError(ValueError):
+    """A run folder holds another run's checkpoint, or the loss is not finite any more."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run trains. learning_rate is the peak; warmup the share of steps that climb to it."""
+
+    epochs: float
+    batch_tokens: int
+    learning_rate: float
+    warmup: float = 0.05
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.98)
+    clip_norm: float = 1.0
+    seed: int = 0
+    bf16: bool = True
+    checkpoint_every: int = 200  # steps
+
+    def identity(self) -> dict[str, Any]:
+        """What a run may not change on the way; epochs may grow, the schedule then stretches."""
+        fields = asdict(self)
+        del fields["epochs"], fields["checkpoint_every"]
+        return fields | {"betas": list(self.betas)}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step done: its number from 1, of how many; loss and its parts; real tokens; seconds."""
+
+    number: int
+    steps: int
+    loss: float
+    parts: Mapping[str, float]
+    tokens: int
+    seconds: float
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
+    """Linear to the peak over warmup * steps, then a cosine down to LEAST_RATE of it."""
+    climb = max(1, round(warmup * steps))
+    if step <= climb:
+        return peak * step / climb
+    done = (step - climb) / max(1, steps - climb)
+    return peak * (LEAST_RATE + (1 - LEAST_RATE) * (1 + math.cos(math.pi * done)) / 2)
+
+
+def train(
+    objective: Objective,
+    examples: Sequence[Example],
+    settings: Settings,
+    run: Path,
+    identity: Mapping[str, Any],
+    report: Callable[[Step], None],
+) -> None:
+    """Train what of `objective` requires gradients, from the run folder's checkpoint if it has one.
+
+    `identity` says what the run is of (data, shape): a checkpoint of another identity, or of other
+    settings, is refused with RunError. The folder's log.jsonl gets a line a step.
+    """
+    batches = Batches(examples, settings.batch_tokens, settings.seed)
+    steps = batches.steps(settings.epochs)
+    optimizer = _optimizer(objective, settings)
+    run.mkdir(parents=True, exist_ok=True)
+    whole = dict(identity) | settings.identity()
+    done = _resume(objective, optimizer, run, whole)
+    _cut_log(run / LOG_FILE, done)
+    objective.train()
+    with (run / LOG_FILE).open("a", encoding="utf-8") as log:
+        stream = batches.from_step(done, steps, objective.pad_token_id)
+        for number, batch in enumerate(stream, done + 1):
+            step = _step(objective, optimizer, batch, settings, number, steps)
+            log.write(json.dumps(asdict(step)) + "\n")
+            if number % settings.checkpoint_every == 0 or number == steps:
+                log.flush()
+                _save(objective, optimizer, run, whole, number)
+            report(step)
+
+
+def _step(
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    settings: Settings,
+    number: int,
+    steps: int,
+) -> Step:
+    begin = time.perf_counter()
+    torch.manual_seed(_seed_of(settings.seed, number))
+    rate = learning_rate(number, steps, settings.learning_rate, settings.warmup)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    loss, parts = loss_of(objective, batch, number / steps, settings.bf16)
+    if not torch.isfinite(loss):
+        raise RunError(f"the loss of step {number} is {loss.item()}: try a lower learning rate")
+    loss.backward()  # type: ignore[no-untyped-call]
+    trained = [p for p in objective.parameters() if p.grad is not None]
+    torch.nn.utils.clip_grad_norm_(trained, settings.clip_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    seconds = time.perf_counter() - begin
+    return Step(number, steps, loss.item(), parts, batch.tokens, round(seconds, 4))
+
+
+def loss_of(
+    objective: Objective, batch: Batch, share: float, bf16: bool
+) -> tuple[Tensor, dict[str, float]]:
+    """objective.loss, under bfloat16 autocast where asked for."""
+    with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=bf16):
+        return objective.loss(batch, share)
+
+
+def _seed_of(seed: int, step: int) -> int:
+    raw = hashlib.blake2b(f"{seed} {step}".encode(), digest_size=8).digest()
+    return int.from_bytes(raw, "little") >> 1
+
+
+def _optimizer(objective: Objective, settings: Settings) -> torch.optim.Optimizer:
+    """AdamW: the GPT's own groups, and one for the objective's head."""
+    optimizer = objective.gpt.configure_optimizers(
+        settings.weight_decay, settings.learning_rate, settings.betas
+    )
+    ours = {id(p) for p in objective.gpt.parameters()}
+    head = [p for p in objective.parameters() if id(p) not in ours]
+    if head:
+        optimizer.add_param_group({"params": head, "weight_decay": settings.weight_decay})
+    return optimizer
+
+
+def _save(
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    run: Path,
+    identity: Mapping[str, Any],
+    step: int,
+) -> None:
+    """Write the checkpoint whole or not at all."""
+    part = run / (CHECKPOINT_FILE + ".tmp")
+    with part.open("wb") as file:
+        state = {"step": step, "identity": json.dumps(identity, sort_keys=True)}
+        state["objective"] = objective.state_dict()
+        state["optimizer"] = optimizer.state_dict()
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, run / CHECKPOINT_FILE)
+
+
+def _resume(
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    run: Path,
+    identity: Mapping[str, Any],
+) -> int:
+    """Load the folder's checkpoint, if any, and return its step. Raises RunError."""
+    path = run / CHECKPOINT_FILE
+    if not path.exists():
+        return 0
+    state = torch.load(path, weights_only=True)
+    before, now = json.loads(state["identity"]), json.loads(json.dumps(identity))
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            raise RunError(
+                f"{path} was begun with {key} {before.get(key)}, not {now.get(key)}: "
+                "go on with the same, or choose another run folder"
+            )
+    objective.load_state_dict(state["objective"])
+    optimizer.load_state_dict(state["optimizer"])
+    return int(state["step"])
+
+
+def _cut_log(path: Path, steps: int) -> None:
+    """Keep the log's first lines, one a step: what came after the checkpoint is done again."""
+    if not path.exists():
+        return
+    lines = path.read_text("utf-8").splitlines(keepends=True)[:steps]
+    part = path.with_name(path.name + ".tmp")
+    part.write_text("".join(lines), "utf-8")
+    part.replace(path)

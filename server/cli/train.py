@@ -1,0 +1,362 @@
+"""trunkline train: a trunk from text, and adapter sets on a frozen trunk."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from adapters.format import write_adapter
+from model.batches import Example
+from model.checkpoint import (
+    Backbone,
+    BackboneError,
+    backbone_tensors,
+    read_backbone,
+    state_dict_of,
+    write_backbone,
+)
+from model.config import GPTConfig
+from model.corpus import DataError, Row, read_rows
+from model.gpt import GPT
+from model.metrics import calibration_table, expected_calibration_error
+from model.objectives import OBJECTIVES, Classify, Masked, Objective, labels_of
+from model.tokenizer import Tokenizer
+from model.train import CHECKPOINT_FILE, RunError, Settings, Step, train
+from model.vocabulary import SPECIAL_TOKENS, learn_vocabulary
+
+TEST_MASK_SHARE = (0.15, 0.15)  # of the masked-token measures, BERT's
+
+
+@click.group("train")
+def train_() -> None:
+    """Train a trunk, or an adapter set on a frozen trunk.
+
+    The same command again goes on from the run folder's last checkpoint.
+    """
+
+
+def _training_options(epochs: float, rate: float) -> Callable[[Any], Any]:
+    """The options that both commands have, with a command's own defaults."""
+    options = (
+        click.option("--epochs", default=epochs, help="May grow when a run goes on."),
+        click.option("--batch-tokens", default=4096, help="Tokens in a batch, with padding."),
+        click.option("--learning-rate", default=rate, help="At its peak."),
+        click.option("--seed", default=0),
+        click.option("--checkpoint-every", default=200, help="Steps."),
+        click.option("--critic-start", default=0.5, help="Share of training before its critic."),
+        click.option("--float32", is_flag=True, help="Don't use bfloat16."),
+        click.option("--threads", type=int, help="Of torch. [default: one a core]"),
+        click.option(
+            "--run", type=click.Path(path_type=Path), help="Run folder. [default: OUT.run]"
+        ),
+    )
+
+    def add(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+@train_.command()
+@click.argument("corpus", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Backbone folder.")
+@click.option("--vocab-size", default=8192)
+@click.option("--block-size", default=1024)
+@click.option("--n-layer", default=6)
+@click.option("--n-head", default=6)
+@click.option("--n-embd", default=384)
+@click.option("--lora-rank", default=0, help="LoRA in the trunk's training; 0 is none.")
+@click.option("--held-out", default=0.01, help="Share of rows, the last, kept for measuring.")
+@_training_options(epochs=4.0, rate=1e-3)
+def trunk(
+    corpus: Path,
+    out: Path,
+    run: Path | None,
+    vocab_size: int,
+    held_out: float,
+    critic_start: float,
+    **options: Any,
+) -> None:
+    """Train a trunk on CORPUS: a document a line, or JSONL with "text"; either may be .xz.
+
+    Shared matrices, masked tokens and a critic. Without LoRA the trunk is made to work alone, as
+    requests without an adapter meet it; with it, the LoRA becomes OUT/adapters/trunk.safetensors.
+    """
+    run = run or out.with_name(f"{out.name}.run")
+    with _sentences():
+        rows = read_rows(corpus, Masked.fields)
+        tokenizer = _tokenizer(run, rows, vocab_size)
+        config = _trunk_config(tokenizer, options)
+        _prepare(options)
+        objective = Masked(GPT(config), critic_start=critic_start)
+        examples = [objective.example(row, Masked.fields, tokenizer) for row in rows]
+        count = max(1, round(held_out * len(rows)))
+        fitted, kept = examples[:-count], examples[-count:]
+        if not fitted:
+            raise DataError(corpus, None, "one row alone leaves nothing to hold out")
+        identity = {"data": _sha256(corpus), "config": config.to_dict(), "held_out": count}
+        identity |= {"vocab_size": vocab_size, "critic_start": critic_start}
+        _train(objective, fitted, options, run, identity)
+        _write_trunk(out, run, objective, kept, tokenizer)
+
+
+def _trunk_config(tokenizer: Tokenizer, options: dict[str, Any]) -> GPTConfig:
+    pad, mask, cls = (tokenizer.backend.token_to_id(token) for token in SPECIAL_TOKENS)
+    shape = {name: options.pop(name) for name in ("block_size", "n_layer", "n_head", "n_embd")}
+    rank = options.pop("lora_rank")
+    return GPTConfig(
+        **shape,
+        vocab_size=tokenizer.vocab_size,
+        pad_token_id=pad,
+        mask_token_id=mask,
+        cls_token_id=cls,
+        add_critic_head=True,
+        critic_alpha=0.5,
+        share_main_matrices=True,
+        use_lora_attn=rank > 0,
+        use_lora_mlp=rank > 0,
+        lora_rank=rank or GPTConfig.lora_rank,
+    )
+
+
+def _tokenizer(run: Path, rows: Sequence[Row], vocab_size: int) -> Tokenizer:
+    """The run's vocabulary: learnt at its start, the same once there is a checkpoint."""
+    path = run / "tokenizer.json"
+    if not (run / CHECKPOINT_FILE).exists():
+        learnt = learn_vocabulary((row.text("text") for row in rows), vocab_size)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".tmp")
+        learnt.save(part)
+        part.replace(path)
+    return Tokenizer.from_file(path)
+
+
+def _write_trunk(
+    out: Path, run: Path, objective: Masked, kept: Sequence[Example], tokenizer: Tokenizer
+) -> None:
+    """Measure on held-out rows, calibrate the critic on half of them, and write the backbone."""
+    objective.mask_shares = TEST_MASK_SHARE
+    metrics = objective.evaluate(kept, 4096)
+    wrong, p = objective.critic_sample(kept[::2], 4096)
+    table = calibration_table(wrong, p)
+    wrong, p = objective.critic_sample(kept[1::2] or kept, 4096)
+    metrics["critic_ece"] = expected_calibration_error(wrong, p)
+    buckets = (p * len(table)).long().clamp(max=len(table) - 1)
+    metrics["critic_ece_calibrated"] = expected_calibration_error(wrong, table[buckets])
+    gpt = objective.gpt
+    tensors = {name: t.half() for name, t in backbone_tensors(gpt.config, gpt.state_dict()).items()}
+    digest = write_backbone(out, gpt.config, tensors, tokenizer, table)
+    (run / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", "utf-8")
+    click.echo(f"backbone: {out}, {digest}")
+    if gpt.config.use_lora_attn:
+        path = out / "adapters" / "trunk.safetensors"
+        lora = {n: t.half() for n, t in gpt.adapter_state_dict().items() if ".lora_" in n}
+        write_adapter(path, lora, lora_alpha=gpt.config.lora_alpha, base_digest=digest)
+        click.echo(f"adapter:  {path}")
+    click.echo(json.dumps(metrics))
+
+
+@train_.command()
+@click.argument("base", type=click.Path(path_type=Path))
+@click.argument("data", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Adapter file.")
+@click.option("--objective", required=True, type=click.Choice(list(OBJECTIVES)))
+@click.option("--fields", help="The rows' names for the objective's fields. [default: its own]")
+@click.option("--test", type=click.Path(path_type=Path), help="Held-out rows, for the metrics.")
+@click.option("--rank", default=8)
+@click.option("--alpha", default=16.0)
+@click.option("--dropout", default=0.05, help="Of LoRA.")
+@click.option("--description", help="Goes into the file.")
+@click.option("--license", help="Goes into the file.")
+@_training_options(epochs=3.0, rate=2e-3)
+def adapter(
+    base: Path,
+    data: Path,
+    out: Path,
+    objective: str,
+    fields: str | None,
+    test: Path | None,
+    run: Path | None,
+    description: str | None,
+    license: str | None,
+    **options: Any,
+) -> None:
+    """Train an adapter set for DATA on the frozen trunk BASE: LoRA, LayerNorms, and a head.
+
+    Objectives and their fields: masked (text), classify (text, label), pairs (left, right), tokens
+    (text, spans of [start, end] offsets). --fields kjv,web reads `left` from kjv, `right` from web.
+    """
+    kind = OBJECTIVES[objective]
+    names = fields.split(",") if fields else list(kind.fields)
+    if len(names) != len(kind.fields):
+        raise click.BadParameter(f"{objective} has the fields {', '.join(kind.fields)}")
+    with _sentences():
+        backbone = read_backbone(base)
+        rows, test_rows = read_rows(data, names), read_rows(test, names) if test else []
+        task = _on_frozen_trunk(kind, backbone, rows, names, options)
+        examples, held = (
+            [task.example(row, names, backbone.tokenizer) for row in part]
+            for part in (rows, test_rows)
+        )
+        identity = {
+            "data": _sha256(data),
+            "config": task.gpt.config.to_dict(),
+            "base": backbone.digest,
+            "objective": objective,
+            "fields": names,
+        }
+        loss = _train(task, examples, options, run or out.with_name(f"{out.name}.run"), identity)
+        metrics = {"train_loss": round(loss, 4)}
+        if held:
+            metrics |= task.evaluate(held, options["batch_tokens"])
+        given = {"description": description, "license": license}
+        metadata = {name: value for name, value in given.items() if value}
+        _write_adapter(out, task, backbone, metrics, metadata)
+
+
+def _on_frozen_trunk(
+    kind: type[Objective],
+    backbone: Backbone,
+    rows: Sequence[Row],
+    names: Sequence[str],
+    options: dict[str, Any],
+) -> Objective:
+    """The objective on the trunk with new LoRA: all frozen but LoRA, LayerNorms and its head."""
+    _prepare(options)
+    config = dataclasses.replace(
+        backbone.config,
+        use_lora_attn=True,
+        use_lora_mlp=True,
+        lora_rank=options.pop("rank"),
+        lora_alpha=options.pop("alpha"),
+        lora_dropout=options.pop("dropout"),
+        add_critic_head=backbone.config.add_critic_head or kind.trains_critic,
+    )
+    gpt = GPT(config)
+    state = state_dict_of(backbone.config, backbone.tensors)
+    gpt.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=False)
+    critic_start = options.pop("critic_start")
+    if kind is Classify:
+        task: Objective = Classify(gpt, labels_of(rows, names[1]))
+    elif kind is Masked:
+        task = Masked(gpt, critic_start=critic_start)
+    else:
+        task = kind(gpt)
+    gpt.freeze_base(heads=task.trains_critic)
+    return task
+
+
+def _write_adapter(
+    out: Path,
+    task: Objective,
+    backbone: Backbone,
+    metrics: dict[str, float],
+    metadata: dict[str, str],
+) -> None:
+    tensors = task.gpt.adapter_state_dict()
+    if not task.trains_critic:
+        tensors.pop("critic_head.weight", None)
+    if isinstance(task, Classify):
+        head = task.classifier.state_dict()
+        tensors |= {f"classifier.{name}": tensor for name, tensor in head.items()}
+        metadata["labels"] = json.dumps(task.labels)
+    metadata["metrics"] = json.dumps(metrics)
+    write_adapter(
+        out,
+        {name: tensor.half() for name, tensor in tensors.items()},
+        lora_alpha=task.gpt.config.lora_alpha,
+        base_digest=backbone.digest,
+        metadata=metadata,
+    )
+    click.echo(f"adapter: {out}")
+    click.echo(json.dumps(metrics))
+
+
+def _prepare(options: dict[str, Any]) -> None:
+    threads = options.pop("threads")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    torch.manual_seed(options["seed"])
+
+
+def _train(
+    objective: Objective,
+    examples: Sequence[Example],
+    options: dict[str, Any],
+    run: Path,
+    identity: dict[str, Any],
+) -> float:
+    """Train with a bar, and return the loss, a moving mean."""
+    settings = Settings(
+        epochs=options["epochs"],
+        batch_tokens=options["batch_tokens"],
+        learning_rate=options["learning_rate"],
+        seed=options["seed"],
+        checkpoint_every=options["checkpoint_every"],
+        bf16=not options["float32"],
+    )
+    with _bar() as bar:
+        train(objective, examples, settings, run, identity, bar.update)
+    return bar.loss
+
+
+class Bar:
+    """Loss, tokens a second and time left, all moving means."""
+
+    KEEP = 0.98
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.task = progress.add_task("train", loss="", speed="")
+        self.loss, self.speed = 0.0, 0.0
+        self._seen = 0
+
+    def update(self, step: Step) -> None:
+        speed = step.tokens / step.seconds
+        self._seen += 1
+        weight = max(1 - self.KEEP, 1 / self._seen)
+        self.loss += weight * (step.loss - self.loss)
+        self.speed += weight * (speed - self.speed)
+        self.progress.update(
+            self.task,
+            total=step.steps,
+            completed=step.number,
+            loss=f"{self.loss:.3f}",
+            speed=f"{self.speed:,.0f}",
+        )
+
+
+@contextmanager
+def _bar() -> Iterator[Bar]:
+    columns = (
+        TextColumn("step {task.completed}/{task.total}"),
+        BarColumn(),
+        TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        yield Bar(progress)
+
+
+@contextmanager
+def _sentences() -> Iterator[None]:
+    """What is wrong with the data, the folders or the options ends the command as one sentence."""
+    try:
+        yield
+    except (DataError, RunError, BackboneError, ValueError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
