@@ -92,4 +92,4 @@ def _hex(structured: str) -> str:
 
 
 def too_large(max_bytes: int) -> RequestError:
-    return RequestError("bodytoo_large", f"the file may have {max_bytes} bytes", limit=max_bytes)
+    return RequestError("body_too_large", f"the file may have {max_bytes} bytes", limit=max_bytes)
