@@ -30,8 +30,10 @@ def a_trunk(shared: bool) -> GPT:
     fields = {"use_lora_attn": False, "use_lora_mlp": False, "share_main_matrices": shared}
     gpt = random_gpt(dataclasses.replace(TINY, n_layer=3, **fields))
     with torch.no_grad():
-        for block in gpt.blocks:  # so that attention is far from even
-            block.attn.c_attn.weight.mul_(3)
+        gpt.wte.weight.normal_()
+        for name, parameter in gpt.named_parameters():  # a shared one comes once
+            if name.endswith("c_attn.weight"):
+                parameter.mul_(5)  # so that attention is far from even
     return gpt
 
 
