@@ -1,0 +1,261 @@
+"""trunkline adapters: the adapters of a running server."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import RenderableType
+from rich.filesize import decimal
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from adapters.errors import VersionNotFound
+from adapters.names import CURRENT, check_alias, check_name, parse_reference
+from server.cli import tables
+from server.cli.client import Answer, Server, on_server, path_of
+from server.cli.diff import diff, version_of
+from server.cli.peft import export_peft_, import_peft_
+
+
+@click.group()
+def adapters() -> None:
+    """Push, list, promote and load the adapters of a running server.
+
+    REFERENCE is a name, name@3 (a version), name@stable (an alias) or name@sha256:... (a digest,
+    or its first 12 digits).
+    """
+
+
+adapters.add_command(import_peft_)
+adapters.add_command(export_peft_)
+
+
+def _pushed(answer: Answer) -> RenderableType:
+    body = answer.body
+    what = "is new" if answer.status == 201 else "was there already: the very same bytes"
+    return (
+        f"{body['name']}@{body['version']} {what}\n"
+        f"  digest       {tables.digest(body['digest'])}, {decimal(body['bytes'])}\n"
+        f"  changes      {tables.changes(body)}\n"
+        f"  probe delta  {body['probe_delta']:.4g}"
+    )
+
+
+@adapters.command()
+@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.argument("name")
+@click.option("--no-activate", is_flag=True, help="Store the version; what is current stays.")
+@click.option("--if-match", type=click.IntRange(0), help="Only if this version is current.")
+@click.option("--new", is_flag=True, help="Only if the name is not taken.")
+@click.option("--allow-zero", is_flag=True, help="Take a set that changes nothing.")
+@on_server(shown=_pushed)
+def push(
+    server: Server,
+    file: Path,
+    name: str,
+    no_activate: bool,
+    if_match: int | None,
+    new: bool,
+    allow_zero: bool,
+) -> Answer:
+    """Upload FILE as the new version of NAME.
+
+    It becomes the current one; requests under way keep theirs.
+    """
+    check_name(name)
+    headers = {"content-type": "application/octet-stream", "x-content-sha256": _sha256(file)}
+    headers |= {} if if_match is None else {"if-match": f'"{if_match}"'}
+    headers |= {"if-none-match": "*"} if new else {}
+    query = {"activate": not no_activate, "allow_zero": allow_zero}
+    with _progress() as progress, progress.open(file, "rb", description=name) as content:
+        return server.call("PUT", path_of(name), params=query, headers=headers, content=content)
+
+
+def _sha256(file: Path) -> str:
+    try:
+        with file.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        raise click.ClickException(f"{file} can't be read: {error.strerror}") from error
+
+
+def _progress() -> Progress:
+    """On stderr, and only on a terminal; it goes when the answer is there."""
+    console = tables.console(stderr=True)
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+    )
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+@adapters.command()
+@on_server(shown=lambda answer: tables.listing(answer.body))
+def ls(server: Server) -> Answer:
+    """List all adapters.
+
+    Rank, size and digest are the current version's.
+    """
+    return Answer(200, {"object": "list", "data": list(server.adapters()), "next": None})
+
+
+@adapters.command()
+@click.argument("name")
+@on_server(shown=lambda answer: tables.adapter(answer.body))
+def show(server: Server, name: str) -> Answer:
+    """Show what there is of NAME.
+
+    Aliases and versions, what the current one changes, its metadata, the history.
+    """
+    return _get(server, name)
+
+
+def _get(server: Server, name: str) -> Answer:
+    check_name(name)
+    return server.call("GET", path_of(name))
+
+
+def _pointed(answer: Answer) -> RenderableType:
+    body = answer.body
+    before = f" (before: {body['previous']})" if body["previous"] else ""
+    return (
+        f"{body['name']}@{body['alias']} is version {body['version']}{before}, "
+        f"generation {body['generation']}"
+    )
+
+
+_alias = click.option("--alias", default=CURRENT, show_default=True, help="The pointer to move.")
+
+
+@adapters.command()
+@click.argument("name")
+@click.argument("version", type=click.IntRange(1))
+@_alias
+@on_server(shown=_pointed)
+def promote(server: Server, name: str, version: int, alias: str) -> Answer:
+    """Make VERSION the current one of NAME.
+
+    Or an alias' one, with --alias. Requests under way keep theirs.
+    """
+    check_name(name)
+    check_alias(alias)
+    return server.call("PUT", path_of(name, "aliases", alias), json={"version": version})
+
+
+@adapters.command()
+@click.argument("name")
+@_alias
+@on_server(shown=_pointed)
+def rollback(server: Server, name: str, alias: str) -> Answer:
+    """Go back to the version before.
+
+    Refused if another has moved the pointer meanwhile. A second rollback undoes the first.
+    """
+    check_alias(alias)
+    pointer = _get(server, name).body["aliases"].get(alias, {})
+    if not pointer.get("previous"):
+        raise VersionNotFound(f"{name}@{alias} has no version before to go back to")
+    return server.call(
+        "PUT",
+        path_of(name, "aliases", alias),
+        json={"version": pointer["previous"]},
+        headers={"if-match": f'"{pointer["generation"]}"'},
+    )
+
+
+def _resident(answer: Answer) -> RenderableType:
+    body = answer.body
+    words = ["in the slots" if body["resident"] else "not in the slots"]
+    words += ["pinned"] if body["pinned"] else []
+    words += _in_flight(body)
+    return f"{body['name']}@{body['version']} is {', '.join(words)}"
+
+
+def _in_flight(body: dict[str, Any]) -> list[str]:
+    return [f"{body['in_flight']} requests still use it"] if body["in_flight"] else []
+
+
+def _residency_command(action: str, help_: str) -> None:
+    @adapters.command(action, help=help_)
+    @click.argument("reference")
+    @on_server(shown=_resident)
+    def command(server: Server, reference: str) -> Answer:
+        parse_reference(reference)
+        return server.call("POST", path_of(reference, action))
+
+
+_residency_command("load", "Bring REFERENCE into the slots.")
+_residency_command("unload", "Take REFERENCE out of the slots.")
+_residency_command("pin", "Bring REFERENCE into the slots, exempt from eviction.")
+_residency_command("unpin", "Let REFERENCE be evicted again.")
+
+
+def _removed(answer: Answer) -> RenderableType:
+    body = answer.body
+    what = body["name"] if body["version"] is None else f"{body['name']}@{body['version']}"
+    return ", ".join([f"{what} is unpublished", *_in_flight(body)])
+
+
+@adapters.command()
+@click.argument("name")
+@click.argument("version", type=click.IntRange(1), required=False)
+@on_server(shown=_removed)
+def rm(server: Server, name: str, version: int | None) -> Answer:
+    """Unpublish NAME, or one VERSION of it.
+
+    At once; requests under way are answered, then memory and disk are freed.
+    """
+    check_name(name)
+    rest = () if version is None else ("versions", str(version))
+    return server.call("DELETE", path_of(name, *rest))
+
+
+@adapters.command("diff")
+@click.argument("a")
+@click.argument("b")
+@on_server(shown=lambda answer: tables.differences(answer.body))
+def diff_(server: Server, a: str, b: str) -> Answer:
+    """Show where A and B, two references, differ.
+
+    By layer and site: ranks, LayerNorms, heads, labels, metadata.
+    """
+    first, second = parse_reference(a), parse_reference(b)
+    versions = (
+        version_of(_get(server, first.name).body, first),
+        version_of(_get(server, second.name).body, second),
+    )
+    return Answer(200, diff((first.name, second.name), versions))
+
+
+def _verified(answer: Answer) -> RenderableType:
+    body = answer.body
+    rows = [
+        (entry["name"], version, fault or "sound")
+        for entry in body.get("data", [body])
+        for version, fault in entry["versions"].items()
+    ]
+    return (
+        tables.table(("Name", "Version", "File"), rows, right=("Version",)) if rows else "no files"
+    )
+
+
+@adapters.command()
+@click.argument("name", required=False)
+@on_server(shown=_verified, fails=lambda answer: not answer.body["sound"])
+def verify(server: Server, name: str | None) -> Answer:
+    """Hash the stored files again.
+
+    Of NAME, or of all adapters. Exits 1 where one is not what its digest says.
+    """
+    if name is not None:
+        return _verify(server, name)
+    data = [_verify(server, row["name"]).body for row in server.adapters()]
+    sound = all(entry["sound"] for entry in data)
+    return Answer(200, {"object": "list", "sound": sound, "data": data})
+
+
+def _verify(server: Server, name: str) -> Answer:
+    check_name(name)
+    return server.call("POST", path_of(name, "verify"))
