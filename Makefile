@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup serve test lint format check
+.PHONY: setup serve test lint format check crash soak bench-registry
 
 setup: $(STAMP)
 
@@ -29,3 +29,17 @@ format: setup
 	$(BIN)/ruff check --fix .
 
 check: lint test
+
+# Longer runs of what `make test` runs short.
+
+crash: setup ## 200 SIGKILLs of a real server; EIO and ENOSPC at every nth call (about 30 minutes)
+	KILLS=200 $(BIN)/python -m pytest -s tests/server/test_crash.py
+	FAULTS=all $(BIN)/python -m pytest tests/adapters/test_disk_faults.py
+
+soak: setup ## 1,000 swaps under traffic, long state machines and fuzzing (about 10 minutes)
+	SWAPS=1000 $(BIN)/python -m pytest tests/server/test_swaps.py
+	STATE_EXAMPLES=300 STATE_STEPS=60 $(BIN)/python -m pytest tests/adapters/test_library_states.py
+	FUZZ_EXAMPLES=20000 $(BIN)/python -m pytest tests/adapters/test_format.py
+
+bench-registry: setup ## 10,000 registered adapters beside 10: start, resolve, list
+	$(BIN)/python -m loadtest.bench.registry

@@ -93,7 +93,7 @@ class Registry:
         self._connections: list[sqlite3.Connection] = []
         self._writing = threading.RLock()
         with _database_errors():
-            self._reader().executescript(SCHEMA)
+            self._reader().executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT;")
 
     def close(self) -> None:
         for connection in self._connections:

@@ -161,7 +161,8 @@ class SlotPool:
     def pin(self, digest: str) -> None:
         """Exempt it from eviction. Raises PoolFull where half of the pool would be pinned."""
         with self._cond:
-            pinned = [s.extent.bytes for s in self._slots.values() if s.digest in self._pinned]
+            others = self._pinned - {digest}
+            pinned = [slot.extent.bytes for slot in self._slots.values() if slot.digest in others]
             own = self._slots[digest].extent.bytes if digest in self._slots else 0
             slots_pinned = self.max_slots and len(pinned) + 1 > self.max_slots // 2
             if sum(pinned) + own > self._arena.capacity // 2 or slots_pinned:

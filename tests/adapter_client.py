@@ -3,6 +3,7 @@
 import socket
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPResponse
@@ -131,3 +132,22 @@ def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not come to pass"
         time.sleep(0.005)
+
+
+@contextmanager
+def long_request(
+    adapters: Adapters, name: str, rows: int = 600
+) -> Iterator[Future[httpx.Response]]:
+    """A request that uses `name` from the block's beginning on; a batch a row keeps it there."""
+    body = {"adapter": name, "inputs": [[5] * 60] * rows, "timeout_ms": 120_000}
+    with adapters.served.client() as client, ThreadPoolExecutor(1) as threads:
+        future = threads.submit(client.post, "/encode", json=body)
+        wait_until(lambda: future.done() or in_flight(adapters, name) > 0)
+        assert not future.done(), future.result().text
+        yield future
+        future.result()
+
+
+def in_flight(adapters: Adapters, name: str) -> int:
+    answer = adapters.client.get(f"/adapters/{name.partition('@')[0]}")
+    return answer.json()["in_flight"] if answer.status_code == 200 else 0
