@@ -1,0 +1,129 @@
+"""Text to ids and back: offsets are characters of the text, and nothing is dropped in silence."""
+
+from pathlib import Path
+
+import pytest
+from conftest import CHARACTERS, SPECIAL, tiny_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+from model.tokenizer import Tokenizer, UntokenizableText
+
+ALPHABET = [*"ab 😀𝕏é\n", *SPECIAL]  # two of them beyond the BMP, one of two UTF-8 bytes
+VOCABULARY = {entry: number for number, entry in enumerate(ALPHABET)}
+WIDE = Tokenizer.of_characters(VOCABULARY, SPECIAL)
+entries = st.lists(st.sampled_from(ALPHABET))
+
+
+def slices(tokenizer: Tokenizer, text: str) -> list[str]:
+    return [text[start:end] for start, end in tokenizer.encode(text).offsets]
+
+
+@given(entries)
+@settings(deadline=None)
+def test_ids_and_offsets_are_those_of_each_character_and_special(parts: list[str]) -> None:
+    text = "".join(parts)
+    assert WIDE.encode(text).ids == [VOCABULARY[part] for part in parts]
+    assert slices(WIDE, text) == parts
+
+
+@given(entries)
+@settings(deadline=None)
+def test_decode_is_the_inverse_of_encode(parts: list[str]) -> None:
+    text = "".join(parts)
+    assert WIDE.decode(WIDE.encode(text).ids) == text
+
+
+@given(entries, st.sampled_from("xX𝕐🦉́\x00\r"), entries)
+@settings(deadline=None)
+def test_the_first_character_the_vocabulary_lacks_is_refused_with_its_offset(
+    before: list[str], unknown: str, after: list[str]
+) -> None:
+    head = "".join(before)
+    with pytest.raises(UntokenizableText) as refused:
+        WIDE.encode(head + unknown + "".join(after) + "x")
+    assert refused.value.offset == len(head)
+
+
+def test_a_character_that_only_a_special_token_has_is_refused_outside_of_it() -> None:
+    with pytest.raises(UntokenizableText) as refused:
+        WIDE.encode("a[MASK]bM")
+    assert refused.value.offset == 8
+
+
+def test_part_of_a_special_token_is_no_special_token() -> None:
+    with pytest.raises(UntokenizableText) as refused:
+        tiny_tokenizer().encode("a [MASK")
+    assert refused.value.offset == 2
+
+
+def test_white_space_beside_a_special_token_is_kept() -> None:
+    text = " [MASK] [CLS] \n"
+    assert slices(tiny_tokenizer(), text) == [" ", "[MASK]", " ", "[CLS]", " ", "\n"]
+
+
+def test_an_empty_text_has_no_tokens() -> None:
+    assert tiny_tokenizer().encode("").ids == []
+
+
+def test_a_tokenizer_s_own_truncation_and_padding_are_off(tmp_path: Path) -> None:
+    backend = tiny_tokenizer().backend
+    backend.enable_truncation(3)
+    backend.enable_padding(length=10)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    ids = Tokenizer.from_file(tmp_path / "tokenizer.json").encode("abcdefg").ids
+    assert len(ids) == 7
+
+
+def test_a_saved_tokenizer_reads_back_the_same(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.save(tmp_path / "tokenizer.json")
+    again = Tokenizer.from_file(tmp_path / "tokenizer.json")
+    text = "To be, [MASK] not!\n[CLS]"
+    assert again.encode(text) == tokenizer.encode(text)
+    assert again.vocab_size == tokenizer.vocab_size == len(CHARACTERS) + len(SPECIAL)
+
+
+def test_an_entry_of_two_characters_that_is_not_special_is_refused() -> None:
+    with pytest.raises(ValueError, match="'ab' is neither a character nor special"):
+        Tokenizer.of_characters({"a": 0, "ab": 1})
+
+
+def test_a_tokenizer_with_an_unknown_token_takes_any_text() -> None:
+    backend = Backend(models.WordPiece({"[UNK]": 0, "hello": 1}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokens = Tokenizer(backend).encode("hello 😀 hello")
+    assert tokens.ids == [1, 0, 1]
+    assert tokens.offsets == [(0, 5), (6, 7), (8, 13)]
+
+
+def test_a_byte_level_tokenizer_takes_any_text_and_gives_it_back() -> None:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Backend(models.BPE({c: i for i, c in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = Tokenizer(backend)
+    text = "naïve 😀\x00 text"
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    assert slices(tokenizer, "a😀")[1:] == ["😀"] * 4  # its four bytes
+
+
+def test_a_normalizer_s_characters_are_judged_after_it() -> None:
+    backend = Backend(models.BPE({"a": 0, "b": 1}, merges=[]))
+    backend.normalizer = normalizers.Lowercase()
+    tokenizer = Tokenizer(backend)
+    assert tokenizer.encode("AbA").ids == [0, 1, 0]
+    with pytest.raises(UntokenizableText):
+        tokenizer.encode("AbC")
+
+
+def test_a_tokenizer_that_splits_at_spaces_may_drop_them_and_nothing_else() -> None:
+    backend = Backend(models.BPE({"a": 0, "b": 1}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = Tokenizer(backend)
+    assert tokenizer.encode("a \t b\n").offsets == [(0, 1), (4, 5)]
+    with pytest.raises(UntokenizableText) as refused:
+        tokenizer.encode("a c")
+    assert refused.value.offset == 2
