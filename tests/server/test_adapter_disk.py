@@ -1,0 +1,162 @@
+"""BAD_INPUTS, "Admin": a full disk and one that takes no writes; what is there is still served.
+
+The disks are real and small, mounted for the test: they need the right to mount.
+"""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from adapter_client import Adapters, adapters_of, assert_refused
+from conftest import Serve
+
+KIB = 1024
+
+
+def run(*command: str | Path) -> str:
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"{command[0]} is not permitted here: {done.stderr.strip()}")
+    return done.stdout.strip()
+
+
+@contextmanager
+def mounted(folder: Path, *arguments: str | Path) -> Iterator[Path]:
+    """With the servers on it stopped by the caller before the block ends."""
+    try:
+        folder.mkdir()
+        run("mount", *arguments, folder)
+    except FileNotFoundError as error:
+        pytest.skip(f"{error.filename} is not here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+@contextmanager
+def serving(serve: Serve, backbone: Path, disk: Path) -> Iterator[Adapters]:
+    served = serve(backbone, "--data", disk / "data", "--dtype", "float32")
+    try:
+        with adapters_of(served, disk / "data") as adapters:
+            yield adapters
+    finally:
+        served.stop()
+
+
+def leave_room(disk: Path, room: int) -> None:
+    """Fill the disk but for so many bytes."""
+    filler = disk / "filler"
+    filler.unlink(missing_ok=True)
+    status = os.statvfs(disk)
+    with filler.open("wb") as file:
+        file.write(bytes(max(0, status.f_bavail * status.f_frsize - room)))
+
+
+def test_a_full_disk_refuses_and_the_old_version_serves(
+    tiny_backbone: Path, serve: Serve, tmp_path: Path
+) -> None:
+    with (
+        mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=2m", "tmpfs") as disk,
+        serving(serve, tiny_backbone, disk) as adapters,
+    ):
+        assert adapters.put("held", adapters.file(1)).status_code == 201
+        answer, before = adapters.embeddings("held"), adapters.stored()
+        # At every amount of room, so that each step of an upload is once the one that fails.
+        for room in range(0, 512 * KIB, 8 * KIB):
+            leave_room(disk, room)
+            large = adapters.put("held", adapters.file(2, ranks=64))
+            if large.status_code == 201:
+                break
+            assert_refused(large, 507, "storage_full")
+            assert adapters.stored() == before
+            assert adapters.embeddings("held") == answer
+        assert room > len(adapters.file(2, ranks=64))
+        assert adapters.versions("held")[-1]["version"] == large.json()["version"] == 2
+        assert adapters.embeddings("held@1") == answer
+
+
+def test_a_delete_on_a_full_disk_happens_or_changes_nothing(
+    tiny_backbone: Path, serve: Serve, tmp_path: Path
+) -> None:
+    with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=2m", "tmpfs") as disk:
+        with serving(serve, tiny_backbone, disk) as adapters:
+            adapters.put("held", adapters.file(1))
+            adapters.put("other", adapters.file(2))
+            leave_room(disk, 0)
+            before = adapters.stored()
+            deleted = adapters.client.delete("/adapters/held")
+            if deleted.status_code == 200:
+                assert_refused(adapters.client.get("/adapters/held"), 404, "adapter_not_found")
+            else:
+                assert_refused(deleted, 507, "storage_full")
+                assert adapters.stored() == before
+            state = adapters.stored()["adapters"]
+            (disk / "filler").unlink()
+        with serving(serve, tiny_backbone, disk) as again:
+            kept = [(row["name"], row["digest"]) for row in again.stored()["adapters"]]
+            assert kept == [(row["name"], row["digest"]) for row in state]
+
+
+def break_disk(disk: Path) -> None:
+    """Have the kernel find a fault in a file system, which it then makes read-only."""
+    device = os.stat(disk).st_dev
+    name = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve().name
+    try:
+        Path(f"/sys/fs/ext4/{name}/trigger_fs_error").write_text("a test")
+    except OSError as error:
+        pytest.skip(f"no file system can be made read-only here: {error}")
+    with pytest.raises(OSError, match="Read-only"):
+        (disk / "new").touch()
+
+
+@contextmanager
+def breakable_disk(folder: Path) -> Iterator[Path]:
+    image = folder / "image"
+    image.write_bytes(bytes(8 * KIB * KIB))
+    run("mkfs.ext4", "-q", "-O", "^has_journal", image)
+    with mounted(folder / "disk", "-o", "loop,errors=remount-ro", image) as disk:
+        yield disk
+
+
+def test_a_disk_that_becomes_read_only_refuses_writes_and_reads_go_on(
+    tiny_backbone: Path, serve: Serve, tmp_path: Path
+) -> None:
+    with breakable_disk(tmp_path) as disk, serving(serve, tiny_backbone, disk) as adapters:
+        for seed in (1, 2):
+            assert adapters.put("held", adapters.file(seed)).status_code == 201
+        adapters.put("cold", adapters.file(3))
+        answers = {name: adapters.embeddings(name) for name in ("held", "held@1", "cold")}
+        break_disk(disk)
+        client = adapters.client
+        with adapters.unchanged():
+            for answer in (
+                adapters.put("held", adapters.file(4)),
+                adapters.put("held", adapters.file(2)),
+                adapters.put("new", adapters.file(5)),
+                client.put("/adapters/held/aliases/current", json={"version": 1}),
+                client.delete("/adapters/held"),
+                client.delete("/adapters/held/versions/1"),
+            ):
+                assert_refused(answer, 503, "read_only")
+                assert int(answer.headers["retry-after"]) > 0
+        assert client.post("/adapters/cold/unload").status_code == 200
+        assert {name: adapters.embeddings(name) for name in answers} == answers
+        assert client.get("/ready").status_code == 200
+        assert client.post("/adapters/held/verify").json()["sound"]
+
+
+@pytest.mark.xfail(strict=True, reason="Library.pin and unpin change the slots before the registry")
+def test_a_pin_that_cannot_be_stored_changes_nothing(
+    tiny_backbone: Path, serve: Serve, tmp_path: Path
+) -> None:
+    with breakable_disk(tmp_path) as disk, serving(serve, tiny_backbone, disk) as adapters:
+        assert adapters.client.post("/adapters/full/pin").status_code == 200
+        break_disk(disk)
+        assert_refused(adapters.client.post("/adapters/plain/pin"), 503, "read_only")
+        assert_refused(adapters.client.post("/adapters/full/unpin"), 503, "read_only")
+        assert not adapters.versions("plain")[0]["pinned"]
+        assert adapters.versions("full")[0]["pinned"]
