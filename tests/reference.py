@@ -56,7 +56,8 @@ def served(adapter: AdapterSet, config: GPTConfig, dtype: torch.dtype) -> Adapte
     critic = own["critic_head.weight"][0] if "critic_head.weight" in own else None
     classifier = None
     if "classifier.weight" in own:
-        classifier = Classifier(own["classifier.weight"], own["classifier.bias"], adapter.labels)
+        bias = own.get("classifier.bias")
+        classifier = Classifier(own["classifier.weight"], bias, adapter.labels)
     return AdapterWeights(lora, norms, critic, own.get("calibration"), classifier)
 
 
@@ -103,8 +104,8 @@ class Oracle:
         return self.gpts[adapter].sequence_scores(idx, torch.ones_like(idx)).item()
 
     def label_scores(self, ids: Sequence[int], adapter: str) -> dict[str, float]:
-        """Softmax of the classifier over the mean row, by label."""
-        tensors = self.sets[adapter].tensors
-        row = self.hidden(ids, adapter).mean(0)
+        """Softmax of the classifier over the row, pooled as the config has it, by label."""
+        tensors, hidden = self.sets[adapter].tensors, self.hidden(ids, adapter)
+        row = hidden.mean(0) if self.config.pooling == "mean" else hidden[-1]
         logits = tensors["classifier.weight"] @ row + tensors["classifier.bias"]
         return dict(zip(self.sets[adapter].labels, logits.softmax(0).tolist(), strict=True))
