@@ -98,6 +98,19 @@ def test_a_second_checkpoint_adds_its_adapter_with_what_else_differs_and_nothing
     assert all(torch.equal(t, state[f"_orig_mod.{n}"]) for n, t in b.tensors.items())
 
 
+def test_a_layernorm_of_which_only_the_weight_differs_travels_whole(
+    first: Path, tmp_path: Path
+) -> None:
+    """A file with half of one is refused by the server."""
+    saved = kit()
+    name = "transformer.h.1.ln_2"
+    saved["model"][f"{name}.weight"] = saved["model"][f"{name}.weight"] + 0.5
+    imported = import_checkpoint(save(tmp_path / "half.pt", saved), META, first)
+    carried = read_adapter(imported.adapter).tensors
+    assert {n for n in carried if ".ln_" in n} == {f"{name}.weight", f"{name}.bias"}
+    assert torch.equal(carried[f"{name}.bias"], saved["model"][f"{name}.bias"])
+
+
 def test_imported_adapters_pass_the_server_s_own_check(kit_backbone: Path) -> None:
     backbone = read_backbone(kit_backbone)
     for name in ("ckpt_a", "ckpt_b"):
