@@ -1,56 +1,20 @@
 """`trunkline adapters` against a real server: every command, its JSON, its errors."""
 
-import dataclasses
+import itertools
 import json
 import re
-import subprocess
-import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from cli_shell import Shell
 from conftest import TINY, Serve, Served, random_adapter, save_random_adapter
 
 from adapters.format import read_adapter, write_adapter
 from model.checkpoint import read_backbone
-from server.cli import main
-
-
-@dataclasses.dataclass
-class Shell:
-    """The command line, run in this process against one server."""
-
-    url: str
-
-    def run(self, *words: str | Path | int, **environment: str) -> Result:
-        variables = {"COLUMNS": "100", "TRUNKLINE_URL": self.url} | environment
-        return CliRunner().invoke(main, ["adapters", *map(str, words)], env=variables)
-
-    def shown(self, *words: str | Path | int, **environment: str) -> str:
-        result = self.run(*words, **environment)
-        assert result.exit_code == 0, result.output
-        return result.stdout
-
-    def answer(self, *words: str | Path | int) -> dict[str, Any]:
-        answer: dict[str, Any] = json.loads(self.shown(*words, "--json"))
-        return answer
-
-    def error(self, *words: str | Path | int) -> str:
-        """The sentence of a command that fails; with --json the server's error has the same."""
-        result = self.run(*words)
-        assert result.exit_code == 1
-        assert result.stdout == ""
-        as_json = self.run(*words, "--json")
-        assert as_json.exit_code == 1
-        error = json.loads(as_json.stdout)["error"]
-        assert result.stderr == f"Error: {error['message']} ({error['code']})\n"
-        return result.stderr
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +22,9 @@ def server(tiny_backbone: Path, serve_for_session: Serve) -> Served:
     """It takes files up to 1 MiB, and does not mind the client's variables."""
     environment = {"TRUNKLINE_URL": "not mine", "TRUNKLINE_MAX_ADAPTER_BYTES": "1MiB"}
     return serve_for_session(tiny_backbone, "--dtype", "float32", **environment)
+
+
+_numbers = itertools.count()  # a name's versions are never numbered anew
 
 
 @pytest.fixture
@@ -85,11 +52,12 @@ def files(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture
 def poems(shell: Shell, files: Path) -> Iterator[str]:
-    """A name with the versions 1, 2 and 3, the last one current."""
+    """A new name with the versions 1, 2 and 3, the last one current."""
+    name = f"team/poems-{next(_numbers)}"
     for file in ("one", "two", "three"):
-        shell.shown("push", files / f"{file}.safetensors", "team/poems")
-    yield "team/poems"
-    shell.run("rm", "team/poems")
+        shell.shown("push", files / f"{file}.safetensors", name)
+    yield name
+    shell.run("rm", name)
 
 
 def current(server: Served, name: str, alias: str = "current") -> int:
@@ -286,75 +254,3 @@ def test_verify_hashes_the_files_and_fails_for_a_damaged_one(
         assert as_json.exit_code == 1
         assert json.loads(as_json.stdout)["sound"] is False
     blob.write_bytes(sound)
-
-
-# Other servers than one that answers as it should.
-
-
-class _Stranger(BaseHTTPRequestHandler):
-    """Answers HTML, and remembers the keys it was sent."""
-
-    keys: list[str | None] = []  # noqa: RUF012
-
-    def do_GET(self) -> None:
-        self.keys.append(self.headers["authorization"])
-        self.send_response(404)
-        self.end_headers()
-        self.wfile.write(b"<html>")
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def stranger() -> Iterator[str]:
-    with HTTPServer(("127.0.0.1", 0), _Stranger) as http:
-        thread = threading.Thread(target=http.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{http.server_port}"
-        http.shutdown()
-        thread.join()
-
-
-def test_a_key_is_sent_and_a_stranger_is_told_apart(stranger: str) -> None:
-    result = Shell(stranger).run("show", "a", "--key", "secret")
-    assert result.exit_code == 1
-    assert result.stderr.endswith("answered 404, but not as a trunkline server does\n")
-    Shell(stranger).run("show", "a", TRUNKLINE_KEY="other")
-    Shell(stranger).run("show", "a")
-    assert _Stranger.keys == ["Bearer secret", "Bearer other", None]
-
-
-@pytest.mark.parametrize("url", ["http://127.0.0.1:9", "nonsense://x", "http://[::", ""])
-def test_a_server_out_of_reach_is_one_sentence(url: str) -> None:
-    result = CliRunner().invoke(main, ["adapters", "ls", "--json", f"--url={url}"])
-    assert result.exit_code == 1
-    assert re.fullmatch(
-        r"Error: .*(can't be reached|is no address of a server): .*\n", result.stderr
-    )
-
-
-def test_peft_folders_go_out_and_in_without_a_server(
-    tiny_backbone: Path, files: Path, tmp_path: Path
-) -> None:
-    """As a process of its own, as a person runs it."""
-    command = [sys.executable, "-m", "server.cli", "adapters"]
-    base = ["--backbone", str(tiny_backbone)]
-    out = ["export-peft", str(files / "two.safetensors"), *base, "--out", str(tmp_path / "peft")]
-    text = subprocess.run([*command, *out], check=True, capture_output=True, text=True).stdout
-    assert "no place for it: classifier.bias, classifier.weight" in text
-    shell = Shell("")
-    back = tmp_path / "back.safetensors"
-    shell.shown("import-peft", tmp_path / "peft", *base, "--out", back)
-    assert (
-        len(read_adapter(back).tensors) == len(read_adapter(files / "two.safetensors").tensors) - 2
-    )
-    for wrong in (
-        ["import-peft", tmp_path / "none", *base, "--out", back],
-        ["import-peft", tmp_path / "peft", "--backbone", tmp_path, "--out", back],
-        ["export-peft", files / "broken.safetensors", *base, "--out", tmp_path / "x"],
-        ["export-peft", files / "none", *base, "--out", tmp_path / "x"],
-    ):
-        result = shell.run(*wrong)
-        assert result.exit_code == 1
-        assert re.fullmatch(r"Error: .+\n", result.stderr)
