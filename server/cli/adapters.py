@@ -174,7 +174,8 @@ def _resident(answer: Answer) -> RenderableType:
 
 
 def _in_flight(body: dict[str, Any]) -> list[str]:
-    return [f"{body['in_flight']} requests still use it"] if body["in_flight"] else []
+    users = tables.count(body["in_flight"], "request")
+    return [f"still used by {users}"] if body["in_flight"] else []
 
 
 def _residency_command(action: str, help_: str) -> None:

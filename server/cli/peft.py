@@ -9,6 +9,7 @@ import click
 from adapters.errors import TrunklineError
 from adapters.peft import PeftRefused, export_peft, import_peft
 from model.checkpoint import BackboneError, read_backbone
+from server.cli.tables import count
 
 _backbone = click.option(
     "--backbone", required=True, type=click.Path(path_type=Path), help="The backbone's folder."
@@ -27,8 +28,8 @@ def import_peft_(folder: Path, backbone: Path, out: Path) -> None:
     """
     with _sentences():
         manifest = import_peft(folder, read_backbone(backbone), out)
-    sites = sum(map(len, manifest.ranks.values()))
-    click.echo(f"adapter: {out}, {sites} sites, {len(manifest.norms)} LayerNorms")
+    sites = count(sum(map(len, manifest.ranks.values())), "site")
+    click.echo(f"adapter: {out}, {sites}, {count(len(manifest.norms), 'LayerNorm')}")
 
 
 @click.command("export-peft")

@@ -166,16 +166,16 @@ def changes(version: dict[str, Any]) -> str:
     parts = []
     if sites:
         layers = spans(map(int, applied["lora"]))
-        parts.append(f"{_count(sites, 'site')} in layers {layers} (rank {version['rank']})")
+        parts.append(f"{count(sites, 'site')} in layers {layers} (rank {version['rank']})")
     if applied["norms"]:
-        parts.append(_count(len(applied["norms"]), "LayerNorm"))
+        parts.append(count(len(applied["norms"]), "LayerNorm"))
     parts += [head for head in ("critic", "calibration") if applied[head]]
     if version["labels"]:
-        parts.append(f"a classifier of {_count(len(version['labels']), 'label')}")
+        parts.append(f"a classifier of {count(len(version['labels']), 'label')}")
     return ", ".join(parts) or "nothing"
 
 
-def _count(number: int, noun: str) -> str:
+def count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
