@@ -14,16 +14,24 @@ from server.errors import RequestError
 # A body beyond this is parsed in a worker thread, so that the event loop answers meanwhile.
 INLINE_BYTES = 64 << 10
 
+# What the parser's message has in it, and what is answered.
+_PARSER_SAYS = (
+    ("duplicate key", "duplicate_key", "an object has a key twice"),
+    ("recursion limit", "malformed_json", "the body is nested too deep"),
+    ("number out of range", "validation_error", "a number is out of range"),
+)
+
 Schema = TypeVar("Schema", bound=BaseModel)
 
 
 async def read_json(request: Request, schema: type[Schema], max_bytes: int) -> Schema:
     """The body as `schema`. Raises RequestError; no message holds what the client sent."""
     check_json_headers(request, max_bytes)
-    raw = await _read(request, max_bytes, request.app.state.settings.receive_timeout_s)
+    settings = request.app.state.settings
+    raw = await _read(request, max_bytes, settings.receive_timeout_s)
     if len(raw) <= INLINE_BYTES:
-        return parse(raw, schema)
-    return await asyncio.to_thread(parse, raw, schema)
+        return parse(raw, schema, settings.max_inputs)
+    return await asyncio.to_thread(parse, raw, schema, settings.max_inputs)
 
 
 def check_json_headers(request: Request, max_bytes: int) -> None:
@@ -58,12 +66,12 @@ def _too_large(max_bytes: int) -> RequestError:
     return RequestError("body_too_large", f"the body may have {max_bytes} bytes", limit=max_bytes)
 
 
-def parse(raw: bytes, schema: type[Schema]) -> Schema:
+def parse(raw: bytes, schema: type[Schema], max_inputs: int) -> Schema:
     value = parse_json(raw)
     if not isinstance(value, dict):
         raise RequestError("validation_error", "the body must be a JSON object")
     try:
-        return schema.model_validate(value)
+        return schema.model_validate(value, context={"max_inputs": max_inputs})
     except ValidationError as error:
         if _has_infinity(value):
             raise RequestError("non_finite_number", "a number is not finite") from error
@@ -80,15 +88,14 @@ def parse_json(raw: bytes) -> Any:
 
 def _why_not_json(raw: bytes, said: str) -> RequestError:
     where = said[said.rfind(" at line ") :] if " at line " in said else ""
-    if "duplicate key" in said:
-        return RequestError("duplicate_key", f"an object has a key twice{where}")
+    for phrase, code, sentence in _PARSER_SAYS:
+        if phrase in said:
+            return RequestError(code, f"{sentence}{where}")
     try:
-        raw.decode("utf-8")
+        text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         return RequestError("invalid_utf8", f"the body is not UTF-8, from byte {error.start}")
-    if "number out of range" in said:
-        return RequestError("validation_error", f"a number is out of range{where}")
-    value = _lenient_json(raw)
+    value = _lenient_json(text)
     if value is not None and _has_infinity(value):
         return RequestError("non_finite_number", f"NaN and Infinity are not JSON{where}")
     if value is not None:  # Python reads it and the strict parser does not: a lone surrogate
@@ -96,10 +103,10 @@ def _why_not_json(raw: bytes, said: str) -> RequestError:
     return RequestError("malformed_json", f"the body is not JSON{where}")
 
 
-def _lenient_json(raw: bytes) -> Any:
+def _lenient_json(text: str) -> Any:
     """What Python's reader, which lets NaN and surrogates pass, makes of it; None if nothing."""
     try:
-        return json.loads(raw) if raw[:1] in (b"{", b"[", b" ", b"\n", b"\t", b"\r", b'"') else None
+        return json.loads(text)
     except (ValueError, RecursionError):
         return None
 

@@ -3,7 +3,15 @@
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    WithJsonSchema,
+    model_validator,
+)
 
 from server.bodies import InputFault
 from server.engine.job import Ids
@@ -12,8 +20,11 @@ Output = Literal["embedding", "tokens", "critic", "logits", "labels"]
 Pooling = Literal["mean", "cls", "last"]
 
 
-def parse_inputs(value: Any) -> list[str | Ids]:
-    """The four shapes of `inputs` as a list of rows, in one pass. Raises InputFault."""
+def parse_inputs(value: Any, info: ValidationInfo) -> list[str | Ids]:
+    """The four shapes of `inputs` as a list of rows, in one pass. Raises InputFault.
+
+    Too many rows are refused by their number, before any is made.
+    """
     if isinstance(value, str):
         return [_text(value)]
     if not isinstance(value, list):
@@ -24,7 +35,18 @@ def parse_inputs(value: Any) -> list[str | Ids]:
         raise InputFault("empty_input", "inputs is empty")
     if type(value[0]) is int:
         return [_ids(value, None)]
-    return [_text(item, i) if type(item) is str else _ids(item, i) for i, item in enumerate(value)]
+    for row, item in enumerate(value):
+        if not isinstance(item, str | list):
+            raise InputFault(
+                "validation_error", "a row of inputs is neither a text nor a list of ids", row=row
+            )
+    limit = (info.context or {}).get("max_inputs", len(value))
+    if len(value) > limit:
+        sentence = f"the request has {len(value)} rows; the limit is {limit}"
+        raise InputFault("too_many_inputs", sentence, limit=limit)
+    return [
+        _text(item, i) if isinstance(item, str) else _ids(item, i) for i, item in enumerate(value)
+    ]
 
 
 def _text(value: str, row: int | None = None) -> str:
@@ -33,11 +55,7 @@ def _text(value: str, row: int | None = None) -> str:
     return value
 
 
-def _ids(value: Any, row: int | None) -> Ids:
-    if not isinstance(value, list):
-        raise InputFault(
-            "validation_error", "a row of inputs is neither a text nor a list of ids", row=row
-        )
+def _ids(value: list[Any], row: int | None) -> Ids:
     if not value:
         raise InputFault("empty_input", "a row of inputs is empty", row=row)
     if any(type(item) is not int for item in value):
