@@ -1,0 +1,144 @@
+"""One settings object: flags over the environment over the file over the defaults."""
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from pydantic import ValidationError
+
+from server.cli import main
+from server.settings import BadSettings, Settings, load_settings
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.delenv(f"TRUNKLINE_{name.upper()}", raising=False)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "trunkline.toml"
+    path.write_text("port = 1\nmax_inputs = 1\nmax_batch_tokens = 1\nthreads = 1\n")
+    return path
+
+
+def test_flags_win_over_the_environment_over_the_file_over_the_defaults(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRUNKLINE_PORT", "2")
+    monkeypatch.setenv("TRUNKLINE_MAX_INPUTS", "2")
+    settings = load_settings({"port": 3}, file)
+    assert settings.port == 3
+    assert settings.max_inputs == 2
+    assert settings.max_batch_tokens == 1
+    assert settings.max_body_bytes == Settings().max_body_bytes
+
+
+def test_without_anything_all_is_the_default() -> None:
+    assert load_settings({}) == Settings()
+
+
+@pytest.mark.parametrize("source", ["flag", "environment", "file"])
+def test_a_value_means_the_same_from_everywhere(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, flags = None, {}
+    if source == "flag":
+        flags = {"backbone": Path("some/trunk"), "dtype": "bfloat16", "receive_timeout_s": 1.5}
+    elif source == "environment":
+        monkeypatch.setenv("TRUNKLINE_BACKBONE", "some/trunk")
+        monkeypatch.setenv("TRUNKLINE_DTYPE", "bfloat16")
+        monkeypatch.setenv("TRUNKLINE_RECEIVE_TIMEOUT_S", "1.5")
+    else:
+        path = tmp_path / "trunkline.toml"
+        path.write_text('backbone = "some/trunk"\ndtype = "bfloat16"\nreceive_timeout_s = 1.5\n')
+    expected = Settings(backbone=Path("some/trunk"), dtype="bfloat16", receive_timeout_s=1.5)
+    assert load_settings(flags, path) == expected
+
+
+def test_other_programs_variables_are_none_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PORT", "9")
+    monkeypatch.setenv("XTRUNKLINE_PORT", "9")
+    assert load_settings({}).port == Settings().port
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("prot = 1\n", "setting prot: "),
+        ("port = 70000\n", "setting port: .*65535"),
+        ('port = "many"\n', "setting port: "),
+        ('dtype = "int8"\n', "setting dtype: .*'auto', 'float32' or 'bfloat16'"),
+        ("receive_timeout_s = 0\n", "setting receive_timeout_s: "),
+        ("receive_timeout_s = nan\n", "setting receive_timeout_s: "),
+        ("port = \n", r"settings file .*bad\.toml: "),
+        ("port = 1\nport = 2\n", r"settings file .*bad\.toml: "),
+    ],
+)
+def test_a_bad_file_fails_with_a_sentence(tmp_path: Path, text: str, sentence: str) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text(text)
+    with pytest.raises(BadSettings, match=sentence) as refused:
+        load_settings({}, path)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_missing_file_fails_with_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(BadSettings, match="nowhere"):
+        load_settings({}, tmp_path / "nowhere.toml")
+
+
+def test_an_unknown_variable_fails_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRUNKLINE_PROT", "1")
+    with pytest.raises(BadSettings, match="setting prot: "):
+        load_settings({})
+
+
+def test_settings_do_not_change_after_they_are_read() -> None:
+    settings = Settings()
+    with pytest.raises(ValidationError):
+        settings.port = 1
+
+
+@pytest.mark.parametrize("name", Settings.model_fields)
+def test_every_field_has_a_help_text_and_a_default(name: str) -> None:
+    field = Settings.model_fields[name]
+    assert field.description
+    assert field.description.strip().endswith(".")
+    assert not field.is_required()
+
+
+# As the command line has it.
+
+
+def test_the_command_line_shows_every_setting_with_its_help() -> None:
+    shown = " ".join(CliRunner().invoke(main, ["serve", "--help"]).output.split())
+    for name, field in Settings.model_fields.items():
+        if name == "backbone" or field.annotation == dict[str, float]:
+            continue  # the argument; a table of the file
+        assert f"--{name.replace('_', '-')}" in shown
+        assert field.description[:20] in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "sentence"),
+    [
+        (["--prot", "1"], {}, "--prot"),
+        (["--port", "many"], {}, "'many' is not a valid integer"),
+        (["--port", "70000"], {}, "setting port"),
+        (["--dtype", "int8"], {}, "'int8' is not one of"),
+        ([], {"TRUNKLINE_PROT": "1"}, "setting prot"),
+        (["--config", "nowhere.toml"], {}, "nowhere.toml"),
+        (["nowhere"], {}, "nowhere is not a backbone folder"),
+    ],
+)
+def test_a_bad_setting_ends_the_command_with_a_sentence_and_no_traceback(
+    arguments: list[str], environment: dict[str, str], sentence: str, tmp_path: Path
+) -> None:
+    environment = environment | {"TRUNKLINE_DATA_DIR": str(tmp_path)}
+    result = CliRunner().invoke(main, ["serve", *arguments], env=environment)
+    assert result.exit_code != 0
+    assert isinstance(result.exception, SystemExit)
+    assert sentence in result.output
+    assert "Traceback" not in result.output
