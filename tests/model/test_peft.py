@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import json
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -63,11 +62,8 @@ def tensors_of(model: nn.Module, config: GPTConfig) -> dict[str, Tensor]:
 
 
 @pytest.fixture(params=["shared", "unshared"])
-def trunk(request: pytest.FixtureRequest) -> Iterator[GPT]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield a_trunk(request.param == "shared")
-    torch.set_num_threads(before)
+def trunk(request: pytest.FixtureRequest) -> GPT:
+    return a_trunk(request.param == "shared")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What the tests of the routes share: the references, and a second trunk unlike the first."""
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,15 @@ BARE = dataclasses.replace(
     share_main_matrices=False,
     pooling="last",
 )
+
+
+@pytest.fixture(autouse=True, scope="package")
+def _one_thread() -> Iterator[None]:
+    """Tensors this small gain nothing by two, and lose much where the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
