@@ -8,7 +8,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.config import GPTConfig
+
 POOL_BATCHES = 64  # rows are sorted by length within about this many batches
+
+
+def padded_length(length: int) -> int:
+    """The length that rows of `length` tokens are padded to: one of few.
+
+    The CPU's matrix kernels are compiled, and kept, for each shape they meet.
+    """
+    step = 4 if length <= 64 else 16 if length <= 256 else 64
+    return -(-length // step) * step
 
 
 @dataclass(frozen=True)
@@ -21,21 +32,26 @@ class Example:
     @property
     def tokens(self) -> int:
         """Tokens it takes in a padded batch of examples no longer than itself."""
-        return len(self.rows) * max(len(row) for row in self.rows)
+        return len(self.rows) * padded_length(max(len(row) for row in self.rows))
 
 
 @dataclass(frozen=True)
 class Batch:
-    """ids (R, T), padded on the right. Of pairs, the R / 2 first texts come before the second."""
+    """ids (R, T), padded on the right. Of pairs, the R / 2 first texts come before the second.
+
+    T is a padded_length; rows of many lengths in an epoch make few shapes.
+    """
 
     ids: Tensor
     examples: Sequence[Example]
 
     @classmethod
-    def of(cls, examples: Sequence[Example], pad_token_id: int) -> "Batch":
+    def of(cls, examples: Sequence[Example], config: GPTConfig) -> "Batch":
+        assert config.pad_token_id is not None, "rows of a batch are padded"
         columns = zip(*(example.rows for example in examples), strict=True)
         rows = [row for column in columns for row in column]
-        ids = torch.full((len(rows), max(map(len, rows))), pad_token_id)
+        length = min(padded_length(max(map(len, rows))), config.block_size)
+        ids = torch.full((len(rows), length), config.pad_token_id)
         for i, row in enumerate(rows):
             ids[i, : len(row)] = torch.as_tensor(row)
         return cls(ids, examples)
@@ -78,17 +94,17 @@ class Batches:
         """How many batches so many epochs have, by the first one's count."""
         return max(1, math.ceil(epochs * len(self.epoch(0))))
 
-    def from_step(self, step: int, steps: int, pad_token_id: int) -> Iterator[Batch]:
+    def from_step(self, step: int, steps: int, config: GPTConfig) -> Iterator[Batch]:
         """The batches of steps step + 1 to `steps`."""
         epoch = count = 0
         while count < steps:
             for indices in self.epoch(epoch):
                 count += 1
                 if step < count <= steps:
-                    yield Batch.of([self.examples[i] for i in indices], pad_token_id)
+                    yield Batch.of([self.examples[i] for i in indices], config)
             epoch += 1
 
-    def in_order(self, pad_token_id: int) -> Iterator[Batch]:
+    def in_order(self, config: GPTConfig) -> Iterator[Batch]:
         """Every example once, from the shortest to the longest: for evaluation."""
         for indices in self._cut(np.argsort(self._sizes, kind="stable")):
-            yield Batch.of([self.examples[i] for i in indices], pad_token_id)
+            yield Batch.of([self.examples[i] for i in indices], config)

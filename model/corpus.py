@@ -5,7 +5,7 @@ import lzma
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO, cast
 
 from model.tokenizer import Tokenizer, Tokens, UntokenizableText
 
@@ -57,10 +57,8 @@ def read_rows(path: Path, fields: Sequence[str]) -> list[Row]:
     return rows
 
 
-def _open(path: Path) -> IO[str]:
-    if path.suffix == ".xz":
-        return lzma.open(path, "rt", encoding="utf-8")
-    return path.open("rt", encoding="utf-8")
+def _open(path: Path) -> BinaryIO:
+    return cast(BinaryIO, lzma.open(path)) if path.suffix == ".xz" else path.open("rb")
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -68,13 +66,13 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
         with _open(path) as file:
             for number, line in enumerate(file, 1):
-                yield number, line.rstrip("\n")
+                yield number, line.decode("utf-8").rstrip("\r\n")
     except OSError as error:
         raise DataError(path, None, error.strerror or str(error)) from error
     except (lzma.LZMAError, EOFError) as error:
         raise DataError(path, None, f"not an .xz file, or cut short: {error}") from error
     except UnicodeDecodeError as error:
-        raise DataError(path, number + 1, "not UTF-8 from here on") from error
+        raise DataError(path, number, "not UTF-8") from error
 
 
 def _parse(path: Path, number: int, line: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from model.gpt import GPT
 from model.metrics import area_under_roc, average_precision, macro_f1, retrieval
 from model.tokenizer import Tokenizer
 
+MASKED_STEP = 64
 TEMPERATURE = 0.05  # of the contrastive softmax (SimCSE, section 3)
 
 Loss = tuple[Tensor, dict[str, float]]  # the loss, and its named parts
@@ -50,7 +51,7 @@ class Objective(nn.Module, ABC):
         """The task's measures on held-out examples, in float32."""
         self.eval()
         torch.manual_seed(0)
-        return self.measure(Batches(examples, batch_tokens, 0).in_order(self.pad_token_id))
+        return self.measure(Batches(examples, batch_tokens, 0).in_order(self.gpt.config))
 
     def hidden(self, ids: Tensor) -> Tensor:
         """(R, T) ids -> (R, T, C), after ln_f."""
@@ -129,7 +130,7 @@ class Masked(Objective):
         """The critic on held-out rows filled by the model: (N,) wrong or not, (N,) probability."""
         self.eval()
         torch.manual_seed(0)
-        batches = Batches(examples, batch_tokens, 0).in_order(self.pad_token_id)
+        batches = Batches(examples, batch_tokens, 0).in_order(self.gpt.config)
         _, _, wrong, scores = self._sample(batches)
         return wrong, scores.sigmoid()
 
@@ -151,10 +152,13 @@ class Masked(Objective):
         cls_token_id = self.gpt.config.cls_token_id
         if cls_token_id is None:
             return ids
-        return F.pad(ids, (1, 0), value=cls_token_id)
+        return F.pad(ids, (1, 0), value=cls_token_id)[:, : self.gpt.config.block_size]
 
     def _choose(self, ids: Tensor) -> Tensor:
-        """Positions to mask, in the flattened (R, T): each row's own share, one at least a row."""
+        """Positions to mask, in the flattened (R, T): each row's own share, one at least a row.
+
+        Of more than MASKED_STEP a few are left out: kernels are compiled for each count.
+        """
         least, most = self.mask_shares
         share = least + (most - least) * torch.rand(len(ids), 1)
         dice = torch.rand(ids.shape)
@@ -163,7 +167,9 @@ class Masked(Objective):
             special |= ids == self.gpt.config.cls_token_id
         dice = dice.masked_fill(special, 2.0)
         chosen = (dice < share) | (dice == dice.min(1, keepdim=True).values) & ~special
-        return chosen.flatten().nonzero().squeeze(-1)
+        places = chosen.flatten().nonzero().squeeze(-1)
+        count = len(places) - len(places) % MASKED_STEP or len(places)
+        return places[torch.randperm(len(places))[:count]].sort().values
 
     def _predict(self, ids: Tensor, asked: Tensor) -> Tensor:
         """The logits (M, V) float32 of the `asked` positions, when they are masked."""

@@ -94,7 +94,7 @@ def train(
     _cut_log(run / LOG_FILE, done)
     objective.train()
     with (run / LOG_FILE).open("a", encoding="utf-8") as log:
-        stream = batches.from_step(done, steps, objective.pad_token_id)
+        stream = batches.from_step(done, steps, objective.gpt.config)
         for number, batch in enumerate(stream, done + 1):
             step = _step(objective, optimizer, batch, settings, number, steps)
             log.write(json.dumps(asdict(step)) + "\n")

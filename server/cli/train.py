@@ -17,7 +17,6 @@ from adapters.format import write_adapter
 from model.batches import Example
 from model.checkpoint import (
     Backbone,
-    BackboneError,
     backbone_tensors,
     read_backbone,
     state_dict_of,
@@ -29,7 +28,7 @@ from model.gpt import GPT
 from model.metrics import calibration_table, expected_calibration_error
 from model.objectives import OBJECTIVES, Classify, Masked, Objective, labels_of
 from model.tokenizer import Tokenizer
-from model.train import CHECKPOINT_FILE, RunError, Settings, Step, train
+from model.train import CHECKPOINT_FILE, Settings, Step, train
 from model.vocabulary import SPECIAL_TOKENS, learn_vocabulary
 
 TEST_MASK_SHARE = (0.15, 0.15)  # of the masked-token measures, BERT's
@@ -353,7 +352,7 @@ def _sentences() -> Iterator[None]:
     """What is wrong with the data, the folders or the options ends the command as one sentence."""
     try:
         yield
-    except (DataError, RunError, BackboneError, ValueError) as error:
+    except ValueError as error:  # DataError, RunError, BackboneError, a config no model can have
         raise click.ClickException(str(error)) from error
 
 
