@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from model.batches import Batch, Batches, Example
-from model.objectives import Objective
+from model.objective import Objective
 
 CHECKPOINT_FILE = "checkpoint.pt"
 LOG_FILE = "log.jsonl"
+LAST_STEPS = 100
 LEAST_RATE = 0.05  # of the learning rate: where the cosine ends
 
 
@@ -79,8 +80,10 @@ def train(
     run: Path,
     identity: Mapping[str, Any],
     report: Callable[[Step], None],
-) -> None:
+) -> float:
     """Train what of `objective` requires gradients, from the run folder's checkpoint if it has one.
+
+    Returns the mean loss of the last LAST_STEPS.
 
     `identity` says what the run is of (data, shape): a checkpoint of another identity, or of other
     settings, is refused with RunError. The folder's log.jsonl gets a line a step.
@@ -102,6 +105,7 @@ def train(
                 log.flush()
                 _save(objective, optimizer, run, whole, number)
             report(step)
+    return _last_loss(run / LOG_FILE)
 
 
 def _step(
@@ -194,6 +198,11 @@ def _resume(
     objective.load_state_dict(state["objective"])
     optimizer.load_state_dict(state["optimizer"])
     return int(state["step"])
+
+
+def _last_loss(path: Path) -> float:
+    lines = path.read_text("utf-8").splitlines()[-LAST_STEPS:]
+    return sum(json.loads(line)["loss"] for line in lines) / len(lines)
 
 
 def _cut_log(path: Path, steps: int) -> None:

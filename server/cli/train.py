@@ -10,8 +10,6 @@ from typing import Any
 
 import click
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from adapters.format import write_adapter
 from model.batches import Example
@@ -25,11 +23,14 @@ from model.checkpoint import (
 from model.config import GPTConfig
 from model.corpus import DataError, Row, read_rows
 from model.gpt import GPT
+from model.masked import Masked
 from model.metrics import calibration_table, expected_calibration_error
-from model.objectives import OBJECTIVES, Classify, Masked, Objective, labels_of
+from model.objective import Objective
+from model.objectives import OBJECTIVES, Classify, labels_of
 from model.tokenizer import Tokenizer
-from model.train import CHECKPOINT_FILE, Settings, Step, train
+from model.train import CHECKPOINT_FILE, Settings, train
 from model.vocabulary import SPECIAL_TOKENS, learn_vocabulary
+from server.cli.bar import training_bar
 
 TEST_MASK_SHARE = (0.15, 0.15)  # of the masked-token measures, BERT's
 
@@ -295,7 +296,7 @@ def _train(
     run: Path,
     identity: dict[str, Any],
 ) -> float:
-    """Train with a bar, and return the loss, a moving mean."""
+    """Train with a bar, and return the loss at the end."""
     settings = Settings(
         epochs=options["epochs"],
         batch_tokens=options["batch_tokens"],
@@ -304,47 +305,8 @@ def _train(
         checkpoint_every=options["checkpoint_every"],
         bf16=not options["float32"],
     )
-    with _bar() as bar:
-        train(objective, examples, settings, run, identity, bar.update)
-    return bar.loss
-
-
-class Bar:
-    """Loss, tokens a second and time left, all moving means."""
-
-    KEEP = 0.98
-
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
-        self.task = progress.add_task("train", loss="", speed="")
-        self.loss, self.speed = 0.0, 0.0
-        self._seen = 0
-
-    def update(self, step: Step) -> None:
-        speed = step.tokens / step.seconds
-        self._seen += 1
-        weight = max(1 - self.KEEP, 1 / self._seen)
-        self.loss += weight * (step.loss - self.loss)
-        self.speed += weight * (speed - self.speed)
-        self.progress.update(
-            self.task,
-            total=step.steps,
-            completed=step.number,
-            loss=f"{self.loss:.3f}",
-            speed=f"{self.speed:,.0f}",
-        )
-
-
-@contextmanager
-def _bar() -> Iterator[Bar]:
-    columns = (
-        TextColumn("step {task.completed}/{task.total}"),
-        BarColumn(),
-        TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        yield Bar(progress)
+    with training_bar() as bar:
+        return train(objective, examples, settings, run, identity, bar.update)
 
 
 @contextmanager

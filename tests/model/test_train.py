@@ -27,6 +27,7 @@ from model.checkpoint import Backbone, read_backbone
 from model.encoder import FINAL, Encoder
 from model.heads import critic_logits, label_scores, pool
 from model.lora import LoraBatch
+from model.masked import Masked
 from model.metrics import (
     area_under_roc,
     average_precision,
@@ -35,7 +36,6 @@ from model.metrics import (
     macro_f1,
     retrieval,
 )
-from model.objectives import Masked
 from model.packed import PackedBatch
 from model.train import learning_rate
 from model.vocabulary import learn_vocabulary

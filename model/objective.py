@@ -1,0 +1,62 @@
+"""What is trained: an objective reads examples out of rows, has a loss and measures itself.
+
+An objective is a module that holds the GPT and, where the task has one, a head of its own.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from model.batches import Batch, Batches, Example
+from model.corpus import Row
+from model.gpt import GPT
+from model.tokenizer import Tokenizer
+
+Loss = tuple[Tensor, dict[str, float]]  # the loss, and its named parts
+
+
+class Objective(nn.Module, ABC):
+    fields: ClassVar[tuple[str, ...]]  # a row's fields, under their usual names
+    trains_critic: ClassVar[bool] = False
+
+    def __init__(self, gpt: GPT) -> None:
+        super().__init__()
+        self.gpt = gpt
+        if gpt.config.pad_token_id is None:
+            raise ValueError("training needs a pad_token_id: rows of a batch are padded")
+        self.pad_token_id = gpt.config.pad_token_id
+
+    @abstractmethod
+    def example(self, row: Row, names: Sequence[str], tokenizer: Tokenizer) -> Example:
+        """The row's example; `names` are its fields, in the order of `fields`. DataError."""
+
+    @abstractmethod
+    def loss(self, batch: Batch, share: float) -> Loss:
+        """The batch's mean loss; `share`, 0..1, is how much of the training is done."""
+
+    @abstractmethod
+    def measure(self, batches: Iterator[Batch]) -> dict[str, float]:
+        """The task's measures over all batches."""
+
+    @torch.no_grad()
+    def evaluate(self, examples: Sequence[Example], batch_tokens: int) -> dict[str, float]:
+        """The task's measures on held-out examples, in float32."""
+        self.eval()
+        torch.manual_seed(0)
+        return self.measure(Batches(examples, batch_tokens, 0).in_order(self.gpt.config))
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """(R, T) ids -> (R, T, C), after ln_f."""
+        return self.gpt.hidden_states(ids)[-1]
+
+    def pooled(self, ids: Tensor) -> Tensor:
+        """(R, T) ids -> (R, C) float32, by the config's pooling."""
+        hidden, keep = self.hidden(ids).float(), ids != self.pad_token_id
+        if self.gpt.config.pooling == "cls":
+            return hidden[:, 0]
+        if self.gpt.config.pooling == "last":
+            return hidden[torch.arange(len(ids)), keep.sum(1) - 1]
+        return (hidden * keep.unsqueeze(-1)).sum(1) / keep.sum(1, keepdim=True)

@@ -1,0 +1,47 @@
+"""The bar of a training run."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from model.train import Step
+
+
+class Bar:
+    """Loss, tokens a second and time left, all moving means."""
+
+    KEEP = 0.98
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.task = progress.add_task("train", loss="", speed="")
+        self.loss, self.speed = 0.0, 0.0
+        self._seen = 0
+
+    def update(self, step: Step) -> None:
+        speed = step.tokens / step.seconds
+        self._seen += 1
+        weight = max(1 - self.KEEP, 1 / self._seen)
+        self.loss += weight * (step.loss - self.loss)
+        self.speed += weight * (speed - self.speed)
+        self.progress.update(
+            self.task,
+            total=step.steps,
+            completed=step.number,
+            loss=f"{self.loss:.3f}",
+            speed=f"{self.speed:,.0f}",
+        )
+
+
+@contextmanager
+def training_bar() -> Iterator[Bar]:
+    columns = (
+        TextColumn("step {task.completed}/{task.total}"),
+        BarColumn(),
+        TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        yield Bar(progress)
