@@ -202,7 +202,7 @@ def _resume(
 
 def _last_loss(path: Path) -> float:
     lines = path.read_text("utf-8").splitlines()[-LAST_STEPS:]
-    return sum(json.loads(line)["loss"] for line in lines) / len(lines)
+    return sum(float(json.loads(line)["loss"]) for line in lines) / len(lines)
 
 
 def _cut_log(path: Path, steps: int) -> None:
