@@ -54,6 +54,9 @@ class PoolFull(TrunklineError):
 
     code = "overloaded"
 
+    def __init__(self, message: str) -> None:
+        super().__init__(message, retry_after_s=1)
+
 
 class StorageFull(TrunklineError):
     code = "storage_full"

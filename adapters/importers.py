@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from adapters.format import write_adapter
-from adapters.names import check_name
+from adapters.names import BASE, check_name
 from model.checkpoint import (
     BackboneError,
     backbone_tensors,
@@ -25,6 +25,20 @@ from model.tokenizer import Tokenizer
 SPECIAL_TOKENS = ("mask_token_id", "pad_token_id", "cls_token_id")
 # Fields of model_args that belong to guidance, which the served model does not have.
 _TRAINING_ONLY_ARGS = re.compile(r"use_guidance|plan_.*|guidance_.*")
+
+
+# Fields in which the checkpoints of one trunk may differ: of training, and of the adapter itself.
+_FREE_FIELDS = {
+    "dropout",
+    "ignore_index",
+    "add_critic_head",
+    "critic_alpha",
+    "use_lora_attn",
+    "use_lora_mlp",
+    "lora_rank",
+    "lora_alpha",
+    "lora_dropout",
+}
 
 
 class ImportRefused(ValueError):
@@ -70,6 +84,12 @@ def read_checkpoint(ckpt: Path, meta: Path) -> Checkpoint:
     saved = _load_weights(ckpt)
     if not {"model", "model_args"} <= set(saved):
         raise ImportRefused(f"{ckpt} is not a training checkpoint: it has no model and model_args")
+    for part in ("model", "model_args"):
+        if not isinstance(saved[part], Mapping):
+            raise ImportRefused(f"{part} of {ckpt} is a {type(saved[part]).__name__}, no mapping")
+    strange = [name for name, value in saved["model"].items() if not isinstance(value, Tensor)]
+    if strange:
+        raise ImportRefused(f"{strange[0]} of {ckpt} is not a tensor")
     state, dropped = clean_training_state(saved["model"])
     args = {k: v for k, v in saved["model_args"].items() if not _TRAINING_ONLY_ARGS.fullmatch(k)}
     if saved["model_args"].get("use_guidance"):
@@ -103,12 +123,14 @@ def _add_adapter(
     backbone = read_backbone(out)
     if checkpoint.tokenizer.backend.get_vocab() != backbone.tokenizer.backend.get_vocab():
         raise ImportRefused(f"{out} has another vocabulary: this is not a checkpoint of its trunk")
-    if set(tensors) != set(backbone.tensors):
-        odd = sorted(set(tensors) ^ set(backbone.tensors))[0]
-        raise ImportRefused(f"{out} and the checkpoint do not have the same tensors: {odd}")
+    _demand_same_model(checkpoint.config, backbone.config, out)
+    if set(backbone.tensors) - set(tensors):
+        missing = sorted(set(backbone.tensors) - set(tensors))[0]
+        raise ImportRefused(f"{out} has {missing}, and the checkpoint has not")
     carried = {n: t for n, t in checkpoint.state.items() if ".lora_" in n}
     for tensor_name, tensor in tensors.items():
-        if torch.equal(tensor, backbone.tensors[tensor_name]):
+        own = backbone.tensors.get(tensor_name)
+        if own is not None and torch.equal(tensor, own):
             continue
         if not is_adapter_tensor(tensor_name):
             raise ImportRefused(
@@ -119,6 +141,14 @@ def _add_adapter(
     _complete_norms(carried, tensors)
     path = _write_adapter(checkpoint, carried, out, name, backbone.digest)
     return Imported(path, None, checkpoint.dropped)
+
+
+def _demand_same_model(config: GPTConfig, backbone: GPTConfig, out: Path) -> None:
+    """Equal shapes are not enough: n_head, say, changes what the same tensors compute."""
+    for name, value in backbone.to_dict().items():
+        own = getattr(config, name)
+        if name not in _FREE_FIELDS and own != value:
+            raise ImportRefused(f"{name} is {value} in {out} and {own} in the checkpoint")
 
 
 def _complete_norms(carried: dict[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
@@ -140,7 +170,8 @@ def _write_adapter(
 
 def _name_of_stem(stem: str) -> str:
     """The stem as a valid adapter name: lower case, other characters as '-', 64 at most."""
-    return re.sub(r"[^a-z0-9._-]+|\.{2,}", "-", stem.lower()).strip("._-")[:64] or "adapter"
+    name = re.sub(r"[^a-z0-9._-]+|\.{2,}", "-", stem.lower()).strip("._-")[:64] or "adapter"
+    return f"{name}-adapter" if name == BASE else name
 
 
 def _load_weights(path: Path) -> dict[str, Any]:

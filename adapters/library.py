@@ -16,7 +16,16 @@ from pathlib import Path
 
 from torch import Tensor
 
-from adapters.errors import Damaged, InUse, Invalid, NameConflict, NoEffect, ReadOnly
+from adapters.errors import (
+    Damaged,
+    InUse,
+    Invalid,
+    NameConflict,
+    NoEffect,
+    ReadOnly,
+    StorageFull,
+    TrunklineError,
+)
 from adapters.format import AdapterSet, read_adapter
 from adapters.leases import Lease, LeaseBook
 from adapters.names import check_name
@@ -92,7 +101,10 @@ class Library:
         try:
             return self.store.read(digest)
         except Damaged:
-            self.registry.set_damaged([digest])
+            try:
+                self.registry.set_damaged([digest])
+            except (ReadOnly, StorageFull):
+                log.warning("%s is damaged, and the registry can't be told so", digest)
             raise
 
     def close(self) -> None:
@@ -158,12 +170,14 @@ class Library:
                 number, is_new = self.registry.add(
                     connection, upload.name, blob, record, upload.who, upload.activate
                 )
+                version = self.registry.resolve(f"{upload.name}@{number}")
         except BaseException:
             self._drop_if_unnamed(incoming.digest)
             raise
+        self.slots.forgive(blob.digest)
         if upload.activate and previous and self.slots.is_resident(previous):
             self.slots.want(blob.digest, for_jobs=False)  # so that a swap costs no request a load
-        return self.registry.resolve(f"{upload.name}@{number}"), is_new
+        return version, is_new
 
     def _examine(self, upload: Upload, adapter: AdapterSet) -> Record:
         manifest = validate(
@@ -175,7 +189,8 @@ class Library:
         )
         self.slots.check_size(adapter)
         delta = probe_delta(self.encoder, adapter, self._base_critic())
-        if delta == 0 and not manifest.labels and not upload.allow_zero:
+        read_off_only = manifest.labels or manifest.calibration  # heads that move no state
+        if delta == 0 and not read_off_only and not upload.allow_zero:
             raise NoEffect(
                 "the adapter changes nothing: is every B zero? (allow_zero=true takes it)"
             )
@@ -247,15 +262,21 @@ class Library:
     def pin(self, reference: str, who: str) -> Version:
         """Load it and keep it in the slots, after a restart too. Raises PoolFull."""
         version = self.registry.resolve(reference)
+        was_pinned = self.slots.is_pinned(version.digest)
         self.slots.pin(version.digest)
-        self.registry.set_pinned(version.digest, True, version.name, who)
+        try:
+            self.registry.set_pinned(version.digest, True, version.name, who)
+        except TrunklineError:
+            if not was_pinned:
+                self.slots.unpin(version.digest)
+            raise
         self.slots.want(version.digest, for_jobs=False)
         return version
 
     def unpin(self, reference: str, who: str) -> Version:
         version = self.registry.resolve(reference)
-        self.slots.unpin(version.digest)
         self.registry.set_pinned(version.digest, False, version.name, who)
+        self.slots.unpin(version.digest)
         return version
 
     def seed(self, folder: Path) -> None:
@@ -277,9 +298,12 @@ class Library:
 
 
 def _lock(folder: Path) -> int:
-    """Raises InUse; the lock ends with the process."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    """Raises InUse or ReadOnly; the lock ends with the process."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise ReadOnly(f"{folder} can't be written: {error.strerror}") from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

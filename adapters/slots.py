@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from adapters.arena import Arena, Extent
-from adapters.errors import PoolFull, TrunklineError
+from adapters.errors import Invalid, PoolFull, TrunklineError
 from adapters.format import AdapterSet
 from adapters.host_tier import HostTier
 from adapters.weights import Cursor, placed_bytes, weights_of
@@ -174,6 +174,11 @@ class SlotPool:
             self._pinned.discard(digest)
             self._cond.notify_all()
 
+    def forgive(self, digest: str) -> None:
+        """Forget that its load failed: its file was mended."""
+        with self._cond:
+            self._failed.pop(digest, None)
+
     def is_resident(self, digest: str) -> bool:
         with self._cond:
             return digest in self._slots
@@ -183,12 +188,13 @@ class SlotPool:
             return digest in self._pinned
 
     def check_size(self, adapter: AdapterSet) -> None:
-        """Raises PoolFull for an adapter that could never be resident."""
+        """Raises Invalid for an adapter that could never be resident."""
         size = placed_bytes(adapter, self.dtype)
         if size > self._arena.capacity // 2:
-            raise PoolFull(
+            raise Invalid(
+                "too_large",
                 f"the adapter needs {size} bytes; half of the adapter memory is "
-                f"{self._arena.capacity // 2}"
+                f"{self._arena.capacity // 2}",
             )
 
     def stats(self) -> PoolStats:

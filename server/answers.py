@@ -13,13 +13,14 @@ from starlette.responses import Response
 
 from adapters.registry import Version
 from model.tokenizer import Tokenizer
-from server.engine.errors import NonFiniteResult
+from server.engine.errors import NonFiniteResult, TooManyInputs
 from server.engine.job import Floats, Result
 from server.inputs import Encoded, token_entries
 
 OCTET_STREAM = "application/octet-stream"
 SAFETENSORS = "application/vnd.safetensors"
 METADATA_HEADER = "x-trunkline-metadata"
+MAX_METADATA_BYTES = 60_000  # a header line: Python's http.client reads 65,536 bytes
 
 
 class JSONAnswer(Response):
@@ -171,7 +172,14 @@ def octet_answer(answered: Answered, form: EmbeddingForm) -> Response:
     """The rows' embeddings, little-endian float32, one after the other."""
     matrix = _embedding_matrix(answered, form)
     metadata = _metadata(answered, matrix)
-    headers = {METADATA_HEADER: orjson.dumps(metadata).decode()}
+    header = orjson.dumps(metadata).decode()
+    if len(header) > MAX_METADATA_BYTES:
+        raise TooManyInputs(
+            f"{METADATA_HEADER} would have {len(header)} bytes, more than clients read: send fewer "
+            f"rows, or accept {SAFETENSORS}",
+            limit=MAX_METADATA_BYTES,
+        )
+    headers = {METADATA_HEADER: header}
     return Response(matrix.tobytes(), media_type=OCTET_STREAM, headers=headers)
 
 

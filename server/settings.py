@@ -1,5 +1,6 @@
 """The one settings object: flags, then TRUNKLINE_* in the environment, then a TOML file."""
 
+import json
 import os
 import re
 import tomllib
@@ -9,6 +10,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 ENV_PREFIX = "TRUNKLINE_"
+# Settings that take 2GiB or 512MiB too.
+BYTES = ("adapter_memory", "host_memory", "max_adapter_bytes", "storage_quota", "max_body_bytes")
 CLIENT_VARIABLES = {"TRUNKLINE_URL", "TRUNKLINE_KEY"}  # of `trunkline adapters`: no settings
 
 
@@ -23,12 +26,15 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    @field_validator(
-        "adapter_memory", "host_memory", "max_adapter_bytes", "storage_quota", mode="before"
-    )
+    @field_validator(*BYTES, mode="before")
     @classmethod
     def _bytes_with_units(cls, value: object) -> object:
         return _parse_bytes(value)
+
+    @field_validator("fair_shares", mode="before")
+    @classmethod
+    def _json_of_the_environment(cls, value: object) -> object:
+        return json.loads(value) if isinstance(value, str) else value
 
     backbone: Path | None = Field(None, description="Backbone folder; default: the demo trunk.")
     adapters: Path | None = Field(

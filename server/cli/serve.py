@@ -16,7 +16,7 @@ from model.checkpoint import BackboneError
 from server import __version__
 from server.app import create_app
 from server.logs import configure_logs
-from server.settings import BadSettings, Settings, load_settings
+from server.settings import BYTES, BadSettings, Settings, load_settings
 from server.state import ServerState
 
 NOT_FLAGS = {"backbone", "fair_shares"}  # an argument; a table of the TOML file
@@ -29,7 +29,7 @@ def _flag(name: str) -> click.Option:
     short = ["--data"] if name == "data_dir" else []
     return click.Option(
         [f"--{name.replace('_', '-')}", *short, name],
-        type=_flag_type(field.annotation),
+        type=str if name in BYTES else _flag_type(field.annotation),
         help=f"{field.description}{default}",
     )
 
@@ -81,14 +81,16 @@ class DrainingServer(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.state.draining or self.state.settings.drain_window_s == 0:
             self.state.draining = True
-            super().handle_exit(sig, frame)
+            self._end(sig, frame)
             return
         self.state.draining = True
-        window = threading.Timer(
-            self.state.settings.drain_window_s, super().handle_exit, (sig, frame)
-        )
+        window = threading.Timer(self.state.settings.drain_window_s, self._end, (sig, frame))
         window.daemon = True
         window.start()
+
+    def _end(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        self._captured_signals.clear()  # raised again at the end, they would be the exit status
 
 
 def _announce(app: FastAPI, settings: Settings, port: int) -> None:

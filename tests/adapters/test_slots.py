@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapters.arena import ALIGNMENT, Arena
-from adapters.errors import Damaged, PoolFull
+from adapters.errors import Damaged, Invalid, PoolFull
 from adapters.format import AdapterSet
 from adapters.host_tier import HostTier
 from adapters.leases import LeaseBook
@@ -219,7 +219,7 @@ def test_a_failed_load_is_told_to_those_who_wait_and_tried_again_later(pools, mo
 
 
 def test_an_adapter_larger_than_half_of_the_pool_is_refused(pools) -> None:
-    with pytest.raises(PoolFull):
+    with pytest.raises(Invalid):
         pools(3).check_size(adapter(1, ranks=16))
 
 

@@ -426,6 +426,5 @@ def test_a_draining_server_takes_no_upload_and_answers_the_rest(
     served.stop()  # a second signal ends the window
 
 
-@pytest.mark.xfail(strict=True, reason="uvicorn raises the signal again when it has stopped")
 def test_a_stopped_server_exits_with_0(tiny_backbone: Path, serve: Serve) -> None:
     assert serve(tiny_backbone, "--drain-window-s", "0.2").stop() == 0

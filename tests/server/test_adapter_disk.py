@@ -149,7 +149,6 @@ def test_a_disk_that_becomes_read_only_refuses_writes_and_reads_go_on(
         assert client.post("/adapters/held/verify").json()["sound"]
 
 
-@pytest.mark.xfail(strict=True, reason="Library.pin and unpin change the slots before the registry")
 def test_a_pin_that_cannot_be_stored_changes_nothing(
     tiny_backbone: Path, serve: Serve, tmp_path: Path
 ) -> None:
