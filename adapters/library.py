@@ -30,10 +30,11 @@ from adapters.format import AdapterSet, read_adapter
 from adapters.leases import Lease, LeaseBook
 from adapters.names import check_name
 from adapters.probe import probe_delta
-from adapters.registry import Record, Registry, Version
+from adapters.registry import Registry
 from adapters.slots import SlotPool
 from adapters.store import BlobStore, Incoming
 from adapters.validate import MAX_RANK, validate
+from adapters.versions import Record, Version
 from model.checkpoint import Backbone
 from model.encoder import Encoder
 

@@ -6,78 +6,19 @@ A name is resolved by one read; everything behind it is keyed by digest.
 
 import json
 import sqlite3
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from adapters.errors import Conflict, Damaged, NotFound, ReadOnly, StorageFull, VersionNotFound
+from adapters.database import Database
+from adapters.errors import Conflict, Damaged, NotFound, VersionNotFound
 from adapters.names import CURRENT, check_alias, parse_reference
 from adapters.store import Blob
-from adapters.validate import Manifest
+from adapters.versions import Named, Pointer, Record, Version, parse_record
 
 SCHEMA = (Path(__file__).parent / "schema.sql").read_text("utf-8")
-
-
-@dataclass(frozen=True)
-class Record:
-    """What is known of a digest since its upload."""
-
-    manifest: Manifest
-    metadata: Mapping[str, str]
-    probe_delta: float  # norm of the probe's change over the norm of the base's states
-
-    def to_json(self) -> str:
-        manifest = self.manifest.to_dict()
-        return json.dumps([manifest, dict(self.metadata), self.probe_delta], sort_keys=True)
-
-    @classmethod
-    def from_json(cls, text: str) -> "Record":
-        manifest, metadata, probe_delta = json.loads(text)
-        return cls(Manifest.from_dict(manifest), metadata, probe_delta)
-
-
-@dataclass(frozen=True)
-class Version:
-    """One immutable version of one name."""
-
-    name: str
-    number: int
-    digest: str  # sha256:<64 hex> of its file
-    bytes: int
-    created_at: float  # seconds since 1970
-    record: Record
-    damaged: bool = False  # its file was put away; uploading the same bytes again mends it
-
-    @property
-    def manifest(self) -> Manifest:
-        return self.record.manifest
-
-
-@dataclass(frozen=True)
-class Pointer:
-    alias: str
-    number: int | None
-    previous: int | None
-    generation: int
-
-
-@dataclass(frozen=True)
-class Named:
-    """A name with its live versions, oldest first, and its pointers."""
-
-    name: str
-    versions: Sequence[Version]
-    pointers: Sequence[Pointer]
-
-    @property
-    def current(self) -> Version | None:
-        at = {pointer.alias: pointer.number for pointer in self.pointers}.get(CURRENT)
-        return next((version for version in self.versions if version.number == at), None)
 
 
 _VERSION = """SELECT v.name, v.number, v.digest, b.bytes, v.created_at, b.record, b.damaged
@@ -88,42 +29,14 @@ class Registry:
     """One file. Reads go through a connection of each thread's own, writes one at a time."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._local = threading.local()
-        self._connections: list[sqlite3.Connection] = []
-        self._writing = threading.RLock()
-        with _database_errors():
-            self._reader().executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT;")
+        self._database = Database(path, SCHEMA)
 
     def close(self) -> None:
-        for connection in self._connections:
-            connection.close()
+        self._database.close()
 
-    def _reader(self) -> sqlite3.Connection:
-        connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
-        if connection is None:
-            connection = sqlite3.connect(
-                self._path, isolation_level=None, timeout=30, check_same_thread=False
-            )
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = FULL")
-            self._local.connection = connection
-            self._connections.append(connection)
-        return connection
-
-    @contextmanager
-    def writing(self) -> Iterator[sqlite3.Connection]:
-        """One transaction: committed, and on the disk, when the block ends; or nothing of it."""
-        with self._writing, _database_errors():
-            connection = self._reader()
-            connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield connection
-                connection.execute("COMMIT")
-            except BaseException:
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")
-                raise
+    def writing(self) -> AbstractContextManager[sqlite3.Connection]:
+        """One transaction, as Database.writing."""
+        return self._database.writing()
 
     # Reading.
 
@@ -216,12 +129,11 @@ class Registry:
         ]
 
     def _rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
-        with _database_errors():
-            return self._reader().execute(query, values).fetchall()
+        return self._database.rows(query, *values)
 
     def _versions(self, condition: str, *values: Any) -> list[Version]:
         return [
-            Version(name, number, digest, size, created_at, _record(record), bool(damaged))
+            Version(name, number, digest, size, created_at, parse_record(record), bool(damaged))
             for name, number, digest, size, created_at, record, damaged in self._rows(
                 f"{_VERSION} {condition}", *values
             )
@@ -408,21 +320,3 @@ class Registry:
             "INSERT INTO audit (at, who, action, name, detail) VALUES (?, ?, ?, ?, ?)",
             (time.time(), who, action, name, json.dumps(detail)),
         )
-
-
-@lru_cache(maxsize=4096)
-def _record(text: str) -> Record:
-    return Record.from_json(text)
-
-
-@contextmanager
-def _database_errors() -> Iterator[None]:
-    """SQLite's refusals of the disk as StorageFull and ReadOnly."""
-    try:
-        yield
-    except sqlite3.OperationalError as error:
-        if "full" in str(error):
-            raise StorageFull("the disk is full; nothing was stored") from error
-        raise ReadOnly(
-            "the registry takes no writes; nothing was stored", retry_after_s=30
-        ) from error

@@ -11,7 +11,7 @@ import orjson
 from safetensors.numpy import save
 from starlette.responses import Response
 
-from adapters.registry import Version
+from adapters.versions import Version
 from model.tokenizer import Tokenizer
 from server.engine.errors import NonFiniteResult, TooManyInputs
 from server.engine.job import Floats, Result

@@ -12,7 +12,7 @@ from adapters.errors import TrunklineError
 from adapters.leases import Lease
 from adapters.library import Library
 from adapters.names import BASE
-from adapters.registry import Version
+from adapters.versions import Version
 from model.checkpoint import Backbone
 from server.engine.errors import (
     BadInput,

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapters.errors import TrunklineError
-from adapters.registry import Version
+from adapters.versions import Version
 from model.encoder import FINAL
 from model.lora import AdapterWeights
 

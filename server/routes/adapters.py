@@ -11,8 +11,8 @@ from starlette.responses import Response
 
 from adapters.library import Library, Upload
 from adapters.names import check_name
-from adapters.registry import Named, Version
 from adapters.validate import Manifest
+from adapters.versions import Named, Version
 from server.answers import JSONAnswer, adapter_entry
 from server.bodies import read_json
 from server.engine.errors import BadInput, Draining

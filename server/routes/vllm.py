@@ -9,8 +9,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from adapters.library import Library, Upload
-from adapters.registry import Version
 from adapters.store import Incoming
+from adapters.versions import Version
 from server.answers import JSONAnswer, adapter_entry
 from server.bodies import read_json
 from server.engine.errors import BadInput, Draining

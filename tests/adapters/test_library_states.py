@@ -27,8 +27,8 @@ from adapters.errors import Conflict, Invalid, NotFound, PoolFull, TrunklineErro
 from adapters.format import AdapterSet, adapter_bytes
 from adapters.leases import Lease
 from adapters.library import Library, Upload
-from adapters.registry import Version
 from adapters.slots import SlotPool
+from adapters.versions import Version
 from adapters.weights import placed_bytes
 from model.checkpoint import Backbone, backbone_digest, backbone_tensors
 from model.encoder import Encoder

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapters.errors import Damaged
-from adapters.registry import Record, Version
 from adapters.slots import Slot
 from adapters.validate import Manifest
+from adapters.versions import Record, Version
 from server.engine.job import Ask, Job, Reply
 from server.engine.queue import JobQueue
 
