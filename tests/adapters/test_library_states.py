@@ -23,7 +23,15 @@ from hypothesis.stateful import (
 )
 from registry_model import CURRENT, Name
 
-from adapters.errors import Conflict, Invalid, NotFound, PoolFull, TrunklineError, VersionNotFound
+from adapters.errors import (
+    Conflict,
+    Damaged,
+    Invalid,
+    NotFound,
+    PoolFull,
+    TrunklineError,
+    VersionNotFound,
+)
 from adapters.format import AdapterSet, adapter_bytes
 from adapters.leases import Lease
 from adapters.library import Library, Upload
@@ -344,4 +352,38 @@ def test_ids_of_deleted_versions_are_never_given_again(tmp_path: Path) -> None:
         numbers.append(version.number)
         library.remove("a", None, "test")
     assert numbers == [1, 2, 3, 4, 5, 6]
+    library.close()
+
+
+def put(library: Library, name: str, data: bytes) -> Version:
+    incoming = library.store.incoming()
+    try:
+        incoming.write(data)
+        return library.publish(Upload(name, "test"), incoming)[0]
+    finally:
+        incoming.discard()
+
+
+def test_a_calibration_table_alone_is_an_effect(tmp_path: Path) -> None:
+    library = Library(tmp_path, backbone(), encoder(), make_pool)
+    table = {"calibration": torch.linspace(0, 1, 100)}
+    version = put(library, "calibrated", adapter_bytes(table, {"lora_alpha": "1.0"}))
+    assert version.manifest.calibration
+    library.close()
+
+
+def test_a_damaged_file_is_put_away_at_its_load_and_mended_by_the_same_bytes(
+    tmp_path: Path,
+) -> None:
+    library = Library(tmp_path, backbone(), encoder(), make_pool)
+    version = put(library, "a", adapter_file(0))
+    path = library.store.path(version.digest)
+    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+    with pytest.raises(Damaged):
+        library.load("a", 10)
+    with pytest.raises(Damaged):
+        library.lease("a")
+    assert [each.name.startswith(path.name) for each in library.store.quarantine_folder.iterdir()]
+    assert put(library, "a", adapter_file(0)) == version
+    assert library.load("a", 10) == (version, True)  # at once: the failure is forgotten
     library.close()

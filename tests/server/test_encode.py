@@ -421,3 +421,13 @@ def test_every_length_under_every_adapter_in_one_request_is_the_reference(
         name = names[number % 4]
         expected = tiny.embedding(inputs[number // 4], None if name == "base" else name)
         assert_close(row["embedding"], expected)
+
+
+def test_octet_stream_with_more_adapters_than_a_header_holds_is_refused_with_a_sentence(
+    client: httpx.Client,
+) -> None:
+    body = {"adapter": "plain", "inputs": [[1]] * 1000}
+    answer = client.post("/encode", json=body, headers={"accept": OCTETS})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_many_inputs")
+    answer = client.post("/encode", json=body | {"adapter": "base"}, headers={"accept": OCTETS})
+    assert len(answer.content) == 1000 * 16 * 4

@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 from pydantic import ValidationError
 
 from server.cli import main
+from server.cli.serve import serve
 from server.settings import BadSettings, Settings, load_settings
 
 
@@ -142,3 +144,22 @@ def test_a_bad_setting_ends_the_command_with_a_sentence_and_no_traceback(
     assert isinstance(result.exception, SystemExit)
     assert sentence in result.output
     assert "Traceback" not in result.output
+
+
+def test_bytes_may_have_units_as_a_flag_too() -> None:
+    flags = ["--adapter-memory", "2GiB", "--max-adapter-bytes", "1 MiB"]
+    given: dict[str, object] = {}
+    command = click.Command(
+        "serve", params=serve.params, callback=lambda **flags: given.update(flags)
+    )
+    command.main(flags, standalone_mode=False)
+    settings = load_settings({name: value for name, value in given.items() if value is not None})
+    assert (settings.adapter_memory, settings.max_adapter_bytes) == (2 << 30, 1 << 20)
+
+
+def test_shares_in_the_environment_are_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRUNKLINE_FAIR_SHARES", '{"acme/tone": 3}')
+    assert load_settings({}).fair_shares == {"acme/tone": 3.0}
+    monkeypatch.setenv("TRUNKLINE_FAIR_SHARES", "acme=3")
+    with pytest.raises(BadSettings, match="fair_shares"):
+        load_settings({})
