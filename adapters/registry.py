@@ -14,7 +14,7 @@ from typing import Any
 
 from adapters.database import Database
 from adapters.errors import Conflict, Damaged, NotFound, VersionNotFound
-from adapters.names import CURRENT, check_alias, parse_reference
+from adapters.names import CURRENT, Reference, check_alias, parse_reference
 from adapters.store import Blob
 from adapters.versions import Named, Pointer, Record, Version, parse_record
 
@@ -60,7 +60,7 @@ class Registry:
             return found[0]
         if not self.exists(parsed.name):
             raise NotFound(f"no adapter is named {parsed.name}")
-        raise VersionNotFound(f"{parsed.name} has no such version, or none that is current")
+        raise VersionNotFound(_what_is_missing(parsed))
 
     def exists(self, name: str) -> bool:
         rows = self._rows(
@@ -320,3 +320,13 @@ class Registry:
             "INSERT INTO audit (at, who, action, name, detail) VALUES (?, ?, ?, ?, ?)",
             (time.time(), who, action, name, json.dumps(detail)),
         )
+
+
+def _what_is_missing(reference: Reference) -> str:
+    if reference.version is not None:
+        return f"{reference.name} has no version {reference.version}"
+    if reference.digest is not None:
+        return f"{reference.name} has no version of the digest {reference.digest}"
+    if reference.alias is not None:
+        return f"{reference.name} has no alias {reference.alias}, or it points to nothing"
+    return f"{reference.name} has no current version: promote one"

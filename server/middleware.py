@@ -5,6 +5,7 @@ import re
 import time
 import uuid
 from http import HTTPStatus
+from urllib.parse import quote
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -46,7 +47,8 @@ class RequestContext:
             seconds = time.monotonic() - began
             route = getattr(scope.get("route"), "path", "unmatched")
             self.metrics.request(route, status, seconds)
-            log.info("%s %s %d %.1f ms", scope["method"], route, status, seconds * 1e3)
+            path = quote(scope["path"])  # no line end of a client's gets into the log
+            log.info("%s %s %d %.1f ms", scope["method"], path, status, seconds * 1e3)
 
 
 def _request_id(scope: Scope) -> bytes:

@@ -9,7 +9,7 @@ from rich.console import RenderableType
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from adapters.errors import VersionNotFound
+from adapters.errors import BadName, VersionNotFound
 from adapters.names import CURRENT, check_alias, check_name, parse_reference
 from server.cli import tables
 from server.cli.client import Answer, Server, on_server, path_of
@@ -208,6 +208,8 @@ def rm(server: Server, name: str, version: int | None) -> Answer:
 
     At once; requests under way are answered, then memory and disk are freed.
     """
+    if "@" in name:
+        raise BadName("give the version behind the name: rm NAME VERSION")
     check_name(name)
     rest = () if version is None else ("versions", str(version))
     return server.call("DELETE", path_of(name, *rest))

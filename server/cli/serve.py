@@ -1,5 +1,7 @@
 """trunkline serve."""
 
+import os
+import socket
 import sys
 import threading
 import typing
@@ -65,9 +67,21 @@ def _serve(backbone: Path | None, config: Path | None, **flags: Any) -> None:
         ),
         app.state.server,
     )
-    socket = server.config.bind_socket()
-    _announce(app, settings, socket.getsockname()[1])
-    server.run(sockets=[socket])
+    listener = _listen(settings)
+    _announce(app, settings, listener.getsockname()[1])
+    server.run(sockets=[listener])
+
+
+def _listen(settings: Settings) -> socket.socket:
+    """Raises ClickException, with the address, where it can't be had."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    except OSError as error:
+        raise click.ClickException(
+            f"can't listen on {settings.host}:{settings.port}: {os.strerror(error.errno or 0)}; "
+            "try another --host or --port"
+        ) from error
 
 
 class DrainingServer(uvicorn.Server):
