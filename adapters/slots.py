@@ -68,13 +68,12 @@ class SlotPool:
         capacity_bytes: int,
         max_slots: int,
         read: Callable[[str], AdapterSet],
-        changed: Callable[[], None] = lambda: None,
         host_tier: HostTier | None = None,
         debug: bool = False,
     ) -> None:
         self.config, self.dtype, self.device = config, dtype, device
-        self.max_slots, self._read, self.changed = max_slots, read, changed
-        self._host_tier = host_tier
+        self.max_slots, self._read, self._host_tier = max_slots, read, host_tier
+        self.changed: Callable[[], None] = lambda: None  # the engine's, once there is one
         self._arena = Arena(capacity_bytes, device, poison=debug)
         self._slots: OrderedDict[str, Slot] = OrderedDict()  # least recently used first
         self._leaving: set[Slot] = set()
