@@ -39,7 +39,7 @@ class ServerMetrics:
         ]
 
     def means(self, family: str) -> list[tuple[float, float]]:
-        """Of a histogram: the mean of what was observed between two readings, where anything was."""
+        """Of a histogram: the mean of what two readings have between them, where that is any."""
         pairs = zip(self._steps(f"{family}_sum"), self._steps(f"{family}_count"), strict=True)
         return [
             ((a + b) / 2, (sum_b - sum_a) / (count_b - count_a))
