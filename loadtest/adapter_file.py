@@ -16,7 +16,7 @@ SITES = {
 }
 LABELS = ("tragedy", "comedy", "history")
 ALPHA = 16.0
-STRENGTH = 0.06  # of A and B: the adapters' answers are far apart, and stay finite
+STRENGTH = 0.1  # of A and B: the adapters' answers are far apart, and stay finite
 
 
 @dataclass(frozen=True)

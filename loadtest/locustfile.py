@@ -35,14 +35,9 @@ class ProfileShape(LoadTestShape):
 
     use_common_options = True
 
-    def reset_time(self) -> None:
-        super().reset_time()
-        self.prepared = False
-
     def tick(self) -> tuple[int, float, list[type[User]]] | None:
         session: Session = self.runner.environment.trunkline  # type: ignore[union-attr]
-        if not self.prepared:
-            self.prepared = True
+        if not session.running:
             try:
                 session.prepare()
             except (LoadError, ValueError) as error:

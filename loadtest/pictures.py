@@ -200,7 +200,7 @@ def adapters_by_popularity(outcome: Outcome) -> str:
         )
         _log_ms(latency)
         latency.set_title("latency")
-        latency.legend(ncols=2)
+        latency.legend(ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
         for axes in (counts, latency):
             axes.set_xlabel("adapters, the most asked for first")
             if len(ranked) > 30:

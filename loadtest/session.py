@@ -8,6 +8,7 @@ import logging
 import random
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -35,6 +36,7 @@ logging.getLogger("httpx").setLevel(logging.WARNING)  # it says every request
 PREFIX = "load/a"
 PLAN, MOVE, RECORDED = "trunkline-plan", "trunkline-move", "trunkline-recording"
 NEWS_S = 3.0  # by then news of a move has reached every worker
+LAST_NEWS_S = 0.5  # and what workers sent while they stopped has reached the master
 SHARE_OF_BLOCK = 15 / 16  # a text cut at tokens may take a few more of them than it was cut for
 
 
@@ -90,7 +92,7 @@ class Session:
                 "settings": settings.to_json(),
                 "peak": settings.rate or options.num_users or DEFAULT_USERS,
                 "seconds": options.run_time or DEFAULT_SECONDS,
-                "workers": len(runner.clients.ready) if isinstance(runner, MasterRunner) else 1,
+                "workers": runner.worker_count if isinstance(runner, MasterRunner) else 1,
                 "info": self.info,
                 "catalogue": catalogue.to_json(),
                 "current": population.current_digests(client, catalogue),
@@ -126,13 +128,14 @@ class Session:
                 population.remove(client, self.catalogue)
 
     def _merge(self, data: dict[str, Any]) -> None:
-        self.recording.merge(Recording.from_json(data))
+        self.recording.merge(Recording.from_json(data["recording"]))
+        for received, name, digest, sent in data["unjudged"]:
+            self.judge.note(name, digest, sent, received)
 
     def _pass_on(self, move: dict[str, Any]) -> None:
         assert self.environment.runner is not None
         self.environment.runner.send_message(MOVE, move)
-        if move["number"] is not None:
-            self.catalogue.add_version(move["name"], move["number"], move["digest"])
+        self._apply(move)
 
     # Every process
 
@@ -229,21 +232,28 @@ class Session:
         change(name, digest, news["at"])
 
     def stop(self) -> None:
-        """The users of this process have stopped."""
-        self.settle(float("inf"))
+        """The users of this process have stopped.
+
+        A worker reads no news while it stops, so its last answers are judged by the master.
+        """
         if isinstance(self.environment.runner, WorkerRunner):
             self.running = False
-            self._send()
+            self._send(self.judge.hand_over())
+            return
+        gevent.sleep(LAST_NEWS_S)
+        self.settle(float("inf"))
 
     def settle(self, now: float) -> None:
         for fault in self.judge.settle(now):
             self.recording.faults["wrong: a digest that the name did not mean then"] += 1
             log.error("%s", fault)
 
-    def _send(self) -> None:
+    def _send(self, unjudged: Sequence[tuple[float, str, str, float]] = ()) -> None:
         assert self.environment.runner is not None
         recording, self.recording = self.recording, Recording()
-        self.environment.runner.send_message(RECORDED, recording.to_json())
+        self.environment.runner.send_message(
+            RECORDED, {"recording": recording.to_json(), "unjudged": list(unjudged)}
+        )
 
     def _judge_and_send(self) -> None:
         recording_of_run = self.judge

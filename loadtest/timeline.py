@@ -61,6 +61,11 @@ class Judge:
     def note(self, name: str, digest: str, sent: float, received: float) -> None:
         self._waiting.append((received, name, digest, sent))
 
+    def hand_over(self) -> list[tuple[float, str, str, float]]:
+        """What is not judged yet, as (received, name, digest, sent), for another judge."""
+        waiting, self._waiting = list(self._waiting), deque()
+        return waiting
+
     def settle(self, now: float) -> list[str]:
         """Sentences for the wrong ones among those that are due."""
         faults = []

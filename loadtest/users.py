@@ -12,7 +12,8 @@ from loadtest.session import Session
 
 CONCURRENCY = 2048  # requests of one process under way
 JSON = {"content-type": "application/json"}
-IDLE_RATE = 0.2  # arrivals a second where the profile says less, so that it is looked at again
+IDLE_RATE = 2.0  # arrivals a second where the profile says less: it is looked at again then
+LAST_S = 0.2
 
 
 class TrunklineUser(FastHttpUser):
@@ -117,14 +118,15 @@ class OpenLoop(TrunklineUser):
     @task
     def arrive(self) -> None:
         session = self.session
+        if session.profile.level(self.next_at) is None:  # over; Locust will stop this user soon
+            gevent.sleep(LAST_S)
+            return
         rate = self._rate(self.next_at)
         if session.settings.arrivals == "poisson":
             self.next_at += self.rng.expovariate(rate)
         else:
             self.next_at += 1 / rate
         gevent.sleep(max(0.0, self.next_at - session.elapsed()))
-        if session.profile.level(self.next_at) is None:
-            return
         (kind,) = self.rng.choices(list(session.weights), list(session.weights.values()))
         question = session.questioner.draw(kind, self.rng, self.next_at)
         self.pool.spawn(self.send, question, self.next_at)
