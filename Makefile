@@ -4,13 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup serve test lint format check crash soak bench-registry
+.PHONY: setup serve test lint format check crash soak bench-registry loadtest docs image-test deploy-test
 
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs,loadtest]'
 	touch $(STAMP)
 
 serve: setup ## the demo trunk on http://127.0.0.1:8000
@@ -43,3 +43,15 @@ soak: setup ## 1,000 swaps under traffic, long state machines and fuzzing (about
 
 bench-registry: setup ## 10,000 registered adapters beside 10: start, resolve, list
 	$(BIN)/python -m loadtest.bench.registry
+
+loadtest: setup ## two minutes of real traffic against a server of its own; the report is load-report.html
+	$(BIN)/python -m loadtest -t 120s -u 12 --shape steps --adapters 100 --drift 6 $(ARGS)
+
+docs: setup ## the documents as a site, in site/
+	$(BIN)/python -m mkdocs build --strict --quiet
+
+image-test: ## builds the image without a daemon, runs it, asks it; needs root, buildah, debootstrap
+	deploy/image_test.sh
+
+deploy-test: setup ## linters and a real Prometheus on what is under deploy/, as far as they are there
+	$(BIN)/python -m pytest tests/deploy -v

@@ -8,6 +8,7 @@ from pathlib import Path
 import platformdirs
 import torch
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -46,7 +47,9 @@ def create_app(settings: Settings) -> FastAPI:
     backbone = read_backbone(settings.backbone or DEMO_BACKBONE)
     forward = Forward(backbone, dtype, device)
     library = _library(settings, backbone, forward)
-    app = FastAPI(title="trunkline", version=__version__, lifespan=_lifespan)
+    app = FastAPIOffline(  # /docs with scripts of its own: no other host is asked for them
+        redoc_url=None, title="trunkline", version=__version__, lifespan=_lifespan
+    )
     app.state.settings = settings
     app.state.server = ServerState(settings, backbone, forward, library, Metrics())
     app.add_middleware(RequestContext, metrics=app.state.server.metrics)
