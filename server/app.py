@@ -52,6 +52,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.settings = settings
     app.state.server = ServerState(settings, backbone, forward, library, Metrics())
+    app.state.server.metrics.watch_residency(lambda: _residency(library))
     app.add_middleware(RequestContext, metrics=app.state.server.metrics)
     for routes in (encode, critic, openai, vllm, tokens, adapters, ops):
         app.include_router(routes.router)
@@ -106,6 +107,21 @@ def _library(settings: Settings, backbone: Backbone, forward: Forward) -> Librar
     if folder is not None:
         library.seed(folder)
     return library
+
+
+def _residency(library: Library) -> dict[str, float]:
+    """What the metrics tell of the adapters."""
+    slots = library.slots.stats()
+    return {
+        "adapters_registered": library.registry.count(),
+        "adapters_resident": slots.resident,
+        "adapters_pinned": slots.pinned,
+        "slot_bytes_used": slots.used_bytes,
+        "slot_bytes_capacity": slots.capacity_bytes,
+        "leases": library.leases.total,
+        "adapter_loads": slots.loads,
+        "adapter_evictions": slots.evictions,
+    }
 
 
 def data_folder(settings: Settings, backbone: Backbone) -> Path:

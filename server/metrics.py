@@ -1,10 +1,42 @@
 """Every metric, declared once."""
 
+from collections.abc import Callable, Iterator, Mapping
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 _SECONDS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
 _TOKENS = (16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
+_RESIDENCY = {
+    "adapters_registered": (GaugeMetricFamily, "Adapter names in the registry."),
+    "adapters_resident": (GaugeMetricFamily, "Adapter versions in the slots."),
+    "adapters_pinned": (GaugeMetricFamily, "Resident versions exempt from eviction."),
+    "slot_bytes_used": (GaugeMetricFamily, "Bytes of the slots in use."),
+    "slot_bytes_capacity": (GaugeMetricFamily, "Bytes of the slots."),
+    "leases": (GaugeMetricFamily, "Adapter versions held by requests under way."),
+    "adapter_loads": (CounterMetricFamily, "Adapter versions brought into the slots."),
+    "adapter_evictions": (CounterMetricFamily, "Adapter versions evicted from the slots."),
+}
+
+
+class Residency(Collector):
+    """Where the adapters are, read when it is asked for: `now` gives a value a name above."""
+
+    def __init__(self, now: Callable[[], Mapping[str, float]]) -> None:
+        self.now = now
+
+    def collect(self) -> Iterator[Metric]:
+        values = self.now()
+        for name, (family, text) in _RESIDENCY.items():
+            yield family(f"trunkline_{name}", text, value=values[name])
+
+    def describe(self) -> Iterator[Metric]:
+        """So that registering it reads nothing yet."""
+        return iter(())
 
 
 class Metrics:
@@ -45,6 +77,10 @@ class Metrics:
             "Tokens admitted and not answered yet.",
             registry=self.registry,
         )
+
+    def watch_residency(self, now: Callable[[], Mapping[str, float]]) -> None:
+        """Read the adapters' whereabouts from `now` at every exposition."""
+        self.registry.register(Residency(now))
 
     def batch(self, tokens: int, rows: int, seconds: float) -> None:
         self.tokens.inc(tokens)

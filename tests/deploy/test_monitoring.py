@@ -1,0 +1,172 @@
+"""Rules and dashboard against what the server really exports, read by a real Prometheus."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from socket import socket
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+from conftest import Served
+
+from server.routes import adapters, critic, encode, openai
+
+ROOT = Path(__file__).parent.parent.parent
+RULES = ROOT / "deploy" / "prometheus" / "rules.yml"
+DASHBOARD = json.loads((ROOT / "deploy/grafana/dashboards/trunkline.json").read_text("utf-8"))
+# Made by Prometheus itself, or by the rules
+RECORDED = {
+    rule["record"]
+    for group in yaml.safe_load(RULES.read_text("utf-8"))["groups"]
+    for rule in group["rules"]
+    if "record" in rule
+}
+
+
+def tool(name: str) -> str:
+    found = shutil.which(name)
+    if found is None:
+        pytest.skip(f"{name} is not there (Debian package prometheus)")
+    return found
+
+
+def dashboard_expressions() -> list[str]:
+    targets = [t["expr"] for panel in DASHBOARD["panels"] for t in panel.get("targets", ())]
+    return [expr.replace("$__rate_interval", "30s").replace("$instance", ".*") for expr in targets]
+
+
+def rule_expressions() -> list[str]:
+    groups = yaml.safe_load(RULES.read_text("utf-8"))["groups"]
+    return [rule["expr"] for group in groups for rule in group["rules"]]
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_server: Served) -> set[str]:
+    """Names of the samples that the server exports, once it has answered something."""
+    with tiny_server.client() as client:
+        client.post("/encode", json={"adapter": "plain", "inputs": "to be"})
+        text = client.get("/metrics").text
+    return set(re.findall(r"^(trunkline_\w+)[{ ]", text, re.MULTILINE))
+
+
+@pytest.mark.parametrize("expression", [*dashboard_expressions(), *rule_expressions()])
+def test_an_expression_asks_for_metrics_that_are_exported(
+    expression: str, exported: set[str]
+) -> None:
+    bare = re.sub(r'"[^"]*"', "", expression)
+    asked = set(re.findall(r"\btrunkline[_:][\w:]+", bare)) - RECORDED
+    assert asked or "up" in bare or any(name in bare for name in RECORDED)
+    assert asked <= exported
+
+
+def test_routes_of_the_dashboard_are_the_servers(tiny_server: Served) -> None:
+    paths = {r.path for m in (adapters, critic, encode, openai) for r in m.router.routes}
+    for expression in [*dashboard_expressions(), *rule_expressions()]:
+        for operator, value in re.findall(r'route(=~?)"([^"]+)"', expression):
+            routes = value.split("|") if operator == "=~" else [value]
+            assert set(routes) <= paths
+
+
+def test_the_rules_are_well_formed() -> None:
+    done = subprocess.run(
+        [tool("promtool"), "check", "rules", str(RULES)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture
+def prometheus(tiny_server: Served, tmp_path: Path) -> Iterator[httpx.Client]:
+    """A real one, with our rules, that reads the tiny server every second."""
+    binary = tool("prometheus")
+    target = tiny_server.url.removeprefix("http://")
+    config = {
+        "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
+        "rule_files": [str(RULES)],
+        "scrape_configs": [{"job_name": "trunkline", "static_configs": [{"targets": [target]}]}],
+    }
+    (tmp_path / "prometheus.yml").write_text(json.dumps(config))
+    with closing(socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = (tmp_path / "log").open("wb")
+    process = subprocess.Popen(
+        [
+            binary,
+            f"--config.file={tmp_path / 'prometheus.yml'}",
+            f"--storage.tsdb.path={tmp_path / 'data'}",
+            f"--web.listen-address=127.0.0.1:{port}",
+        ],
+        stdout=log,
+        stderr=log,
+        env=os.environ | {"GOMAXPROCS": "1"},
+    )
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10) as client:
+        yield client
+    process.send_signal(signal.SIGTERM)
+    process.wait(20)
+    log.close()
+
+
+def query(prometheus: httpx.Client, expression: str) -> dict[str, Any]:
+    answer: dict[str, Any] = prometheus.get("/api/v1/query", params={"query": expression}).json()
+    return answer
+
+
+def test_a_real_prometheus_reads_the_server_and_answers_every_panel(
+    prometheus: httpx.Client, tiny_server: Served
+) -> None:
+    deadline = time.monotonic() + 60
+    with tiny_server.client() as client:
+        while True:  # until a rate over two readings is there
+            for path in ("/encode", "/critic"):
+                client.post(path, json={"adapter": "full", "inputs": "to be"})
+            try:
+                answer = query(prometheus, "rate(trunkline_tokens_total[10s]) > 0")
+            except httpx.TransportError:
+                answer = {}
+            if answer.get("data", {}).get("result"):
+                break
+            assert time.monotonic() < deadline, answer
+            time.sleep(0.5)
+    empty = []
+    for expression in dashboard_expressions():
+        answer = query(prometheus, expression)
+        assert answer["status"] == "success", (expression, answer)
+        if not answer["data"]["result"]:
+            empty.append(expression)
+    # Only what did not happen here may be empty: errors and swaps
+    assert all("/adapters/" in e or "status!~" in e for e in empty), empty
+    rules = prometheus.get("/api/v1/rules").json()["data"]["groups"][0]["rules"]
+    assert {rule["health"] for rule in rules} <= {"ok", "unknown"}, rules
+    assert query(prometheus, 'up{job="trunkline"} == 1')["data"]["result"]
+
+
+def test_grafana_finds_the_dashboard_and_its_data_where_it_is_told_to() -> None:
+    provisioning = ROOT / "deploy/grafana/provisioning"
+    (source,) = yaml.safe_load((provisioning / "datasources/prometheus.yaml").read_text())[
+        "datasources"
+    ]
+    (provider,) = yaml.safe_load((provisioning / "dashboards/trunkline.yaml").read_text())[
+        "providers"
+    ]
+    compose = yaml.safe_load((ROOT / "compose.yaml").read_text("utf-8"))["services"]
+    mounts = dict(v.split(":")[:2] for v in compose["grafana"]["volumes"])
+    assert mounts["./deploy/grafana/dashboards"] == provider["options"]["path"]
+    assert source["url"] == "http://prometheus:9090"
+    panels = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
+    assert {panel["datasource"]["uid"] for panel in panels} == {source["uid"]}
+    assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
+    places = [(p["gridPos"]["x"], p["gridPos"]["y"]) for p in panels]
+    assert len(set(places)) == len(places)
