@@ -48,7 +48,7 @@ loadtest: setup ## two minutes of real traffic against a server of its own; the 
 	$(BIN)/python -m loadtest -t 120s -u 12 --shape steps --adapters 100 --drift 6 $(ARGS)
 
 docs: setup ## the documents as a site, in site/
-	$(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 image-test: ## builds the image without a daemon, runs it, asks it; needs root, buildah, debootstrap
 	deploy/image_test.sh

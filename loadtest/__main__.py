@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.request import urlopen
 
+from loadtest.options import flags_text
 from loadtest.outcome import Outcome
 from loadtest.pictures import plateau_points
 from loadtest.report import loops_page
@@ -93,7 +94,9 @@ def both_loops(url: str, flags: Sequence[str], report: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        epilog=flags_text(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--host", help="the server; without it one is started")
     parser.add_argument("--backbone", help="folder of the trunk that is served; default: the demo")

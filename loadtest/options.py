@@ -112,6 +112,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(flag, dest=field.name, default=default, **options)
 
 
+def flags_text() -> str:
+    """Every flag with its help and default; Locust's own --help knows only its own."""
+    defaults = Settings().to_json()
+    lines = [
+        f"  --{name.replace('_', '-'):20} {HELP[name]} [default: {default!r}]"
+        for name, default in defaults.items()
+    ]
+    return "\n".join(["flags of the load test, behind Locust's own:", *lines])
+
+
 def settings_of(options: argparse.Namespace) -> Settings:
     defaults = asdict(Settings())
     return Settings(**{n: type(d)(getattr(options, n)) for n, d in defaults.items()})
