@@ -19,7 +19,7 @@ from loadtest.population import LoadError, ask
 # between two adapters. Embeddings: 1 - cosine; scores: absolute.
 TOLERANCE = {
     "float32": {"embedding": 1e-5, "score": 1e-3},
-    "bfloat16": {"embedding": 2e-3, "score": 3e-2},
+    "bfloat16": {"embedding": 3e-4, "score": 3e-2},
 }
 ALONE = {"critic": "/critic", "classify": "/classify"}
 
@@ -35,6 +35,14 @@ class Comparison:
     worst_score: float
     median_to_base: float | None
     dtype: str
+
+    @property
+    def tells_adapters_apart(self) -> bool | None:
+        """Whether another adapter's answer would have been found; None where that is not known."""
+        if self.median_to_base is None:
+            return None
+        tolerance = TOLERANCE.get(self.dtype, TOLERANCE["bfloat16"])
+        return self.median_to_base > 10 * tolerance["embedding"]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

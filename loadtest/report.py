@@ -108,6 +108,11 @@ def _tiles(outcome: Outcome) -> str:
             f"{comparison.wrong} wrong, embeddings at most {comparison.worst_embedding:.2g} apart "
             f"(1 &minus; cosine), scores {comparison.worst_score:.2g} ({comparison.dtype})."
             + (f" Median distance to the trunk without the adapter: {far:.2g}." if far else "")
+            + (
+                " That is little: these adapters are too alike for the comparison to tell much."
+                if comparison.tells_adapters_apart is False
+                else ""
+            )
         )
     lag = summary["lag_p99_ms"]
     if lag > LATE_MS and not outcome.settings.rate:
