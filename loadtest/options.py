@@ -30,6 +30,8 @@ class Settings:
     base_share: float = 0.1
     length_median: float = 48.0
     length_sigma: float = 0.8
+    texts: int = 4
+    texts_share: float = 0.2
     burst_every: float = 0.0
     burst_seconds: float = 2.0
     burst_factor: float = 3.0
@@ -77,6 +79,8 @@ HELP = {
     "base_share": "Share of requests without an adapter.",
     "length_median": "Median tokens of a text (log-normal, 4 to 512).",
     "length_sigma": "Sigma of the texts' log-normal lengths.",
+    "texts": "Texts of an /encode request that has several.",
+    "texts_share": "Share of /encode requests with several texts.",
     "burst_every": "Mean seconds between bursts; 0: none.",
     "burst_seconds": "Seconds of a burst.",
     "burst_factor": "Rate in a burst over the rate outside.",

@@ -21,7 +21,6 @@ PATHS = {
 }
 FAN_OUT = 4  # adapters of one request
 BARE_SHARE, VERSION_SHARE = 0.8, 0.1  # of references; the rest are digests
-SEVERAL_SHARE, SEVERAL = 0.2, 4  # of /encode requests with several texts, and how many
 Text = str | list[int]
 
 
@@ -64,6 +63,8 @@ class Questioner:
     vocabulary: Sequence[int]
     base_share: float
     sample_share: float
+    texts: int  # of an /encode request with several of them
+    texts_share: float  # of /encode requests with several texts
 
     def draw(self, kind: str, rng: random.Random, at: float) -> Question:
         """A request of `kind` as it would come `at` seconds after the beginning."""
@@ -74,8 +75,8 @@ class Questioner:
             body = {"adapters": [r.text for r in references], "inputs": text}
             body |= {"encoding_format": "base64"}
             return Question(kind, orjson.dumps(body), references, [text] * FAN_OUT, sampled)
-        several = kind == "encode" and rng.random() < SEVERAL_SHARE
-        texts = [self._text(rng) for _ in range(SEVERAL if several else 1)]
+        several = kind == "encode" and rng.random() < self.texts_share
+        texts = [self._text(rng) for _ in range(self.texts if several else 1)]
         reference = self._reference(kind, rng, at)
         body = _body(kind, reference.text, texts)
         return Question(kind, orjson.dumps(body), [reference] * len(texts), texts, sampled)

@@ -15,6 +15,7 @@ from loadtest import pictures
 from loadtest.histogram import Histogram
 from loadtest.outcome import PERCENTILES, Outcome
 
+RISING = ("ramp", "steps")  # shapes that show a knee
 TOP = 20  # adapters in the table
 LATE_MS = 50.0  # a p99 of the generator's own delay over this puts the latencies in doubt
 
@@ -139,7 +140,7 @@ def _pictures(outcome: Outcome) -> list[str]:
             pictures.rate_over_time(outcome),
         ),
     ]
-    if len(pictures.plateau_points(outcome)) > 1:
+    if outcome.profile.name in RISING and len(pictures.plateau_points(outcome)) > 1:
         parts.append(
             (
                 "Throughput against offered load",

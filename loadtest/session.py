@@ -183,6 +183,8 @@ class Session:
             [i for i in range(config["vocab_size"]) if i not in ids],
             settings.base_share,
             settings.check_share,
+            settings.texts,
+            settings.texts_share,
         )
 
     def elapsed(self) -> float:

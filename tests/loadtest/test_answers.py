@@ -75,6 +75,8 @@ def test_questions_of_every_kind_ask_under_what_they_expect(kind: str) -> None:
         [],
         base_share=0.2,
         sample_share=0.5,
+        texts=4,
+        texts_share=0.2,
     )
     rng, forms = random.Random(1), set()
     for _ in range(300):
