@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import gevent
+import httpx
 from locust.env import Environment
 from locust.runners import LocalRunner, MasterRunner, WorkerRunner
 
@@ -271,6 +272,6 @@ class Session:
             while self.running and self.metrics is metrics:
                 try:
                     metrics.add(self.elapsed(), client.get("/metrics").raise_for_status().text)
-                except Exception as error:
+                except (httpx.HTTPError, ValueError) as error:
                     log.warning("the server's metrics could not be read: %s", error)
                 gevent.sleep(self.settings.metrics_every)
