@@ -9,9 +9,11 @@ import textwrap
 import tomllib
 from pathlib import Path
 
+import click
 import pytest
 from conftest import Serve, Served
 
+from server.cli import main
 from server.errors import STATUS
 from server.settings import Settings
 
@@ -112,6 +114,20 @@ def test_flags_of_the_load_test_are_locusts_or_its_own() -> None:
     named = set(re.findall(r"(?<![\w-])--[a-z0-9][a-z0-9-]*", text))
     assert named
     assert [flag for flag in named if flag not in locust + own] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_named_are_the_command_lines(page: str) -> None:
+    text = (DOCS / page).read_text("utf-8")
+    for first, second in re.findall(r"(?:^|[`$ ])trunkline ([a-z]+)(?: ([a-z][a-z-]+))?", text):
+        if first not in main.commands:
+            assert not re.search(
+                rf"`trunkline {first}|^\s*(\$ )?trunkline {first}", text, re.MULTILINE
+            )
+            continue  # prose: trunkline serves thousands of ...
+        command = main.commands[first]
+        if isinstance(command, click.Group) and second:
+            assert second in command.commands, f"trunkline {first} {second}"
 
 
 @pytest.mark.parametrize("page", PAGES)
