@@ -5,7 +5,6 @@ from contextlib import asynccontextmanager
 from http import HTTPStatus
 from pathlib import Path
 
-import platformdirs
 import torch
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
@@ -24,10 +23,12 @@ from server.answers import JSONAnswer
 from server.engine.engine import Engine, choose_device, choose_dtype
 from server.engine.forward import Forward
 from server.errors import STATUS, RequestError, error_body, openai_error_body
+from server.guard import Guard
+from server.keys import KeyRing
 from server.metrics import Metrics
 from server.middleware import RequestContext
 from server.routes import adapters, critic, encode, openai, ops, tokens, vllm
-from server.settings import Settings
+from server.settings import Settings, default_data_dir
 from server.state import ServerState
 
 DEMO_BACKBONE = Path(model.__file__).parent / "demo"
@@ -37,8 +38,8 @@ CLIENT_LEFT = 499  # nobody reads it; the log and the metrics show it
 def create_app(settings: Settings) -> FastAPI:
     """The application. What can't be served fails here, before anything listens.
 
-    Raises BackboneError or TrunklineError, with a sentence, for a backbone folder, an adapter
-    folder or a data folder that can't be used.
+    Raises BackboneError, BadKeys or TrunklineError, with a sentence, for a backbone folder, an
+    adapter folder, a keys file or a data folder that can't be used.
     """
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -53,6 +54,9 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.settings = settings
     app.state.server = ServerState(settings, backbone, forward, library, Metrics())
     app.state.server.metrics.watch_residency(lambda: _residency(library))
+    keys = settings.keys or (settings.data_dir or default_data_dir()) / "keys.json"
+    app.state.keys = KeyRing(keys)
+    app.add_middleware(Guard, keys=app.state.keys)
     app.add_middleware(RequestContext, metrics=app.state.server.metrics)
     for routes in (encode, critic, openai, vllm, tokens, adapters, ops):
         app.include_router(routes.router)
@@ -126,7 +130,7 @@ def _residency(library: Library) -> dict[str, float]:
 
 def data_folder(settings: Settings, backbone: Backbone) -> Path:
     """Where this backbone's registry is: adapters of one trunk mean nothing to another."""
-    root = settings.data_dir or platformdirs.user_data_path("trunkline")
+    root = settings.data_dir or default_data_dir()
     return root / f"{backbone.id}-{backbone.digest.removeprefix('sha256:')[:16]}"
 
 

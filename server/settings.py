@@ -7,12 +7,17 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
+import platformdirs
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 ENV_PREFIX = "TRUNKLINE_"
 # Settings that take 2GiB or 512MiB too.
 BYTES = ("adapter_memory", "host_memory", "max_adapter_bytes", "storage_quota", "max_body_bytes")
 CLIENT_VARIABLES = {"TRUNKLINE_URL", "TRUNKLINE_KEY"}  # of `trunkline adapters`: no settings
+
+
+def default_data_dir() -> Path:
+    return platformdirs.user_data_path("trunkline")
 
 
 def _parse_bytes(value: object) -> object:
@@ -82,6 +87,12 @@ class Settings(BaseModel):
     )
     drain_window_s: float = Field(
         0.0, ge=0, description="Seconds that a stopping server still accepts connections."
+    )
+    keys: Path | None = Field(
+        None, description="File of API keys; default: keys.json in the data folder."
+    )
+    insecure: bool = Field(
+        False, description="Listen on an address that is not loopback without any keys."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Log level."

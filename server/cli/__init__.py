@@ -5,6 +5,7 @@ import click
 from server import __version__
 from server.cli.adapters import adapters
 from server.cli.checkpoints import import_
+from server.cli.keys import keys
 from server.cli.serve import serve
 from server.cli.train import train_
 
@@ -15,5 +16,5 @@ def main() -> None:
     """One resident trunk, thousands of adapters."""
 
 
-for command in (serve, adapters, import_, train_):
+for command in (serve, adapters, import_, train_, keys):
     main.add_command(command)

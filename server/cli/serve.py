@@ -1,5 +1,6 @@
 """trunkline serve."""
 
+import ipaddress
 import os
 import socket
 import sys
@@ -17,6 +18,7 @@ from adapters.errors import TrunklineError
 from model.checkpoint import BackboneError
 from server import __version__
 from server.app import create_app
+from server.keys import BadKeys, KeyRing
 from server.logs import configure_logs
 from server.settings import BYTES, BadSettings, Settings, load_settings
 from server.state import ServerState
@@ -29,6 +31,8 @@ def _flag(name: str) -> click.Option:
     field = Settings.model_fields[name]
     default = "" if field.default is None else f" [default: {field.default}]"
     short = ["--data"] if name == "data_dir" else []
+    if name == "insecure":
+        return click.Option(["--insecure"], is_flag=True, default=None, help=str(field.description))
     return click.Option(
         [f"--{name.replace('_', '-')}", *short, name],
         type=str if name in BYTES else _flag_type(field.annotation),
@@ -54,7 +58,8 @@ def _serve(backbone: Path | None, config: Path | None, **flags: Any) -> None:
         settings = load_settings(given | ({"backbone": backbone} if backbone else {}), config)
         configure_logs(settings.log_level)
         app = create_app(settings)
-    except (BadSettings, BackboneError, TrunklineError) as error:
+        _refuse_open_door(settings, app.state.keys)
+    except (BadSettings, BadKeys, BackboneError, TrunklineError) as error:
         raise click.ClickException(str(error)) from error
     server = DrainingServer(
         uvicorn.Config(
@@ -70,6 +75,19 @@ def _serve(backbone: Path | None, config: Path | None, **flags: Any) -> None:
     listener = _listen(settings)
     _announce(app, settings, listener.getsockname()[1])
     server.run(sockets=[listener])
+
+
+def _refuse_open_door(settings: Settings, keys: KeyRing) -> None:
+    """Raises BadSettings for an address that others reach, without keys, unless told to."""
+    try:
+        loopback = ipaddress.ip_address(settings.host).is_loopback
+    except ValueError:
+        loopback = settings.host == "localhost"
+    if not (loopback or keys.configured or settings.insecure):
+        raise BadSettings(
+            f"{settings.host} is not loopback and no API keys are configured: make one with "
+            "`trunkline keys new`, or give --insecure"
+        )
 
 
 def _listen(settings: Settings) -> socket.socket:

@@ -4,7 +4,7 @@ import asyncio
 import re
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends
 from starlette.convertors import Convertor, register_url_convertor
 from starlette.requests import Request
 from starlette.responses import Response
@@ -16,6 +16,7 @@ from adapters.versions import Named, Version
 from server.answers import JSONAnswer, adapter_entry
 from server.bodies import read_json
 from server.engine.errors import BadInput, Draining
+from server.guard import caller_of, check_adapter
 from server.routes.documented import BODY, READ, UPLOAD, errors, json_body, octet_body
 from server.schemas import AliasRequest
 from server.state import state_of
@@ -24,7 +25,14 @@ from server.uploads import upload
 LOAD_TIMEOUT_S = 30.0
 MAX_PAGE = 1000
 
-router = APIRouter(prefix="/adapters", tags=["adapters"])
+
+def _may_use(request: Request) -> None:
+    name = request.path_params.get("name")
+    if name is not None:
+        check_adapter(request, name)
+
+
+router = APIRouter(prefix="/adapters", tags=["adapters"], dependencies=[Depends(_may_use)])
 
 
 class NameConvertor(Convertor[str]):
@@ -54,7 +62,12 @@ async def adapters(request: Request) -> Response:
         raise BadInput(f"limit must be 1 to {MAX_PAGE}")
     after = request.query_params.get("after", "")
     page = await asyncio.to_thread(library.registry.page, after, limit + 1)
-    data = [_summary(named, library) for named in page[:limit]]
+    caller = caller_of(request)
+    data = [
+        _summary(named, library)
+        for named in page[:limit]
+        if caller is None or caller.key.may_use(named.name)
+    ]
     following = page[limit - 1].name if len(page) > limit else None
     return JSONAnswer({"object": "list", "data": data, "next": following})
 
@@ -273,7 +286,10 @@ def _residency(version: Version, library: Library) -> dict[str, Any]:
 
 
 def _who(request: Request) -> str:
-    """Of the audit trail: the key's name, once there are keys; else where the request is from."""
+    """Of the audit trail: the key's name and id, or where the request is from."""
+    caller = caller_of(request)
+    if caller is not None:
+        return f"{caller.key.name} {caller.key.id}".strip()
     return request.client.host if request.client else "unknown"
 
 

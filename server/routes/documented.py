@@ -7,6 +7,7 @@ from pydantic import BaseModel
 
 from server.errors import STATUS
 
+GUARD = ("unauthorized", "forbidden", "quota_exceeded")  # of every route, once there are keys
 READ = ("not_ready", "internal_error")
 BODY = (
     "malformed_json",
@@ -69,7 +70,7 @@ _ERROR_SCHEMA = {
 def errors(*codes: str) -> dict[int | str, dict[str, Any]]:
     """FastAPI's `responses` for these codes of the table."""
     by_status = defaultdict(list)
-    for code in codes:
+    for code in (*GUARD, *codes):
         by_status[STATUS[code]].append(code)
     content = {"application/json": {"schema": _ERROR_SCHEMA}}
     return {

@@ -11,6 +11,7 @@ from server.answers import Answered
 from server.engine.admission import Row
 from server.engine.errors import TooManyInputs
 from server.engine.job import Ask, Ids, Result
+from server.guard import caller_of, check_adapter
 from server.inputs import encode_inputs
 from server.schemas import InferenceRequest
 from server.state import ServerState, state_of
@@ -31,6 +32,8 @@ async def answer_inputs(
     truncate: bool = False,
     timeout_ms: int | None = None,
 ) -> Answered:
+    for reference in references:
+        check_adapter(request, reference)
     state = state_of(request)
     received: float = request.state.received
     _check_count(len(inputs) * len(references), state)
@@ -40,6 +43,9 @@ async def answer_inputs(
     tokenize_ms = (time.monotonic() - began) * 1e3
     rows = [Row(item.ids, reference) for item in encoded for reference in references]
     timeout_s = (timeout_ms or state.settings.default_timeout_ms) / 1e3
+    caller = caller_of(request)
+    if caller is not None:
+        caller.take_tokens(sum(len(row.ids) for row in rows))
     results = await _unless_client_leaves(
         request, state.engine.encode(rows, ask, received + timeout_s)
     )

@@ -11,6 +11,7 @@ from adapters.names import BASE
 from server.answers import EmbeddingForm, JSONAnswer, data_rows
 from server.bodies import read_json
 from server.engine.job import Ask
+from server.guard import caller_of
 from server.routes.documented import INFER, READ, errors, json_body
 from server.routes.encode import check_dimensions
 from server.routes.inference import answer_inputs
@@ -52,7 +53,12 @@ async def models(request: Request) -> Response:
     state = state_of(request)
     created = await asyncio.to_thread(state.library.registry.creation_times)
     data = [_model(state.backbone.id, state.started)]
-    data += [_model(name, at) for name, at in created.items()]
+    caller = caller_of(request)
+    data += [
+        _model(name, at)
+        for name, at in created.items()
+        if caller is None or caller.key.may_use(name)
+    ]
     return JSONAnswer({"object": "list", "data": data})
 
 

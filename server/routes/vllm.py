@@ -15,6 +15,7 @@ from server.answers import JSONAnswer, adapter_entry
 from server.bodies import read_json
 from server.engine.errors import BadInput, Draining
 from server.errors import RequestError
+from server.guard import check_adapter
 from server.routes.documented import BODY, UPLOAD, errors, json_body
 from server.schemas import LoadLoraRequest, UnloadLoraRequest
 from server.state import state_of
@@ -34,6 +35,7 @@ async def load_lora_adapter(request: Request) -> Response:
     body = await read_json(request, LoadLoraRequest, state.settings.max_body_bytes)
     if state.draining:
         raise Draining("the server is stopping", retry_after_s=5)
+    check_adapter(request, body.lora_name)
     path = await asyncio.to_thread(_confined, body.lora_path, state.settings.import_root)
     wanted = Upload(body.lora_name, "load_lora_adapter", must_be_new=not body.load_inplace)
     version = await asyncio.to_thread(
@@ -51,6 +53,7 @@ async def unload_lora_adapter(request: Request) -> Response:
     """Unpublish a name: 202 while requests use it, else 200."""
     state = state_of(request)
     body = await read_json(request, UnloadLoraRequest, state.settings.max_body_bytes)
+    check_adapter(request, body.lora_name)
     in_flight = await asyncio.to_thread(
         state.library.remove, body.lora_name, None, "unload_lora_adapter"
     )

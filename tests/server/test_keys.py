@@ -1,0 +1,204 @@
+"""Keys, scopes and quotas: refused before the body, stored hashed, reloaded, closed once keyed."""
+
+import json
+import socket
+from pathlib import Path
+
+import httpx
+import pytest
+from adapter_client import wait_until
+from click.testing import CliRunner
+from conftest import Serve, Served, start_server
+
+from server.cli import main
+from server.guard import needed
+from server.keys import BadKeys, Bucket, KeyRing, Quota, new_key, read_keys, revoke_key
+
+BODY = {"adapter": "plain", "inputs": "abc"}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "keys.json"
+
+
+def make(file: Path, *options: str) -> dict[str, str]:
+    """The header of a new key, made by the command."""
+    done = CliRunner().invoke(main, ["keys", "--file", str(file), "new", *options])
+    assert done.exit_code == 0, done.output
+    return {"authorization": f"Bearer {done.output.strip()}"}
+
+
+@pytest.fixture
+def keyed(tiny_backbone: Path, serve: Serve, file: Path) -> tuple[Served, dict[str, str]]:
+    """A server with one admin key, and that key's header."""
+    admin = make(file, "--scope", "admin", "--name", "root")
+    return serve(tiny_backbone, "--dtype", "float32", "--keys", file), admin
+
+
+def code(answer: httpx.Response) -> tuple[int, str]:
+    return answer.status_code, answer.json()["error"]["code"]
+
+
+def test_without_a_key_nothing_but_health_and_documents_is_answered(
+    keyed: tuple[Served, dict[str, str]],
+) -> None:
+    with keyed[0].client() as client:
+        for path in ("/health", "/ready", "/openapi.json"):
+            assert client.get(path).status_code == 200
+        for path in ("/adapters", "/info", "/metrics", "/v1/models", "/no/such/path"):
+            answer = client.get(path)
+            assert answer.status_code == 401
+            assert answer.headers["www-authenticate"] == "Bearer"
+        assert code(client.post("/encode", json=BODY)) == (401, "unauthorized")
+        for wrong in ("", "tl_", "tl_000000000000_x", "x" * 9000, "é"):
+            answer = client.post("/encode", json=BODY, headers={"x-api-key": wrong.encode()})
+            assert code(answer) == (401, "unauthorized")
+
+
+def test_a_scope_allows_its_routes_only_and_unknown_paths_are_an_admin_s(
+    keyed: tuple[Served, dict[str, str]], file: Path
+) -> None:
+    served, admin = keyed
+    infer, metrics = make(file), make(file, "--scope", "metrics")
+    with served.client() as client:
+        wait_until(lambda: client.get("/info", headers=infer).status_code == 200)
+        assert client.post("/encode", json=BODY, headers=infer).status_code == 200
+        assert client.get("/adapters", headers=infer).status_code == 200
+        assert code(client.post("/adapters/plain/pin", headers=infer)) == (403, "forbidden")
+        assert code(client.get("/metrics", headers=infer)) == (403, "forbidden")
+        assert code(client.get("/no/such/path", headers=infer)) == (403, "forbidden")
+        assert client.get("/metrics", headers=metrics).status_code == 200
+        assert code(client.get("/adapters", headers=metrics)) == (403, "forbidden")
+        assert client.get("/no/such/path", headers=admin).status_code == 404
+        assert code(client.post("/encode", json=BODY, headers=admin)) == (403, "forbidden")
+
+
+def test_a_key_uses_the_adapters_of_its_patterns_only(
+    keyed: tuple[Served, dict[str, str]], file: Path
+) -> None:
+    served, admin = keyed
+    own = make(file, "--adapters", "pl*", "--scope", "infer", "--scope", "admin")
+    with served.client() as client:
+        wait_until(lambda: client.get("/info", headers=own).status_code == 200)
+        for reference in ("plain", "plain@1", None, "base"):
+            answer = client.post("/encode", json=BODY | {"adapter": reference}, headers=own)
+            assert answer.status_code == 200
+        body = {"adapters": ["plain", "full"], "inputs": "abc"}
+        assert code(client.post("/encode", json=body, headers=own)) == (403, "forbidden")
+        assert [row["name"] for row in client.get("/adapters", headers=own).json()["data"]] == [
+            "plain"
+        ]
+        models = client.get("/v1/models", headers=own).json()["data"]
+        assert "full" not in [model["id"] for model in models]
+        for method, path in (("GET", "full"), ("POST", "full/pin"), ("DELETE", "full")):
+            answer = client.request(method, f"/adapters/{path}", headers=own)
+            assert code(answer) == (403, "forbidden")
+        for lora in ("load", "unload"):
+            body = {"lora_name": "full"} | ({"lora_path": "x"} if lora == "load" else {})
+            answer = client.post(f"/v1/{lora}_lora_adapter", json=body, headers=own)
+            assert code(answer) == (403, "forbidden")
+        assert client.get("/adapters/full", headers=admin).status_code == 200
+        assert client.post("/adapters/plain/pin", headers=own).status_code == 200
+        audit = client.get("/adapters/plain", headers=own).json()["audit"]
+        identity = own["authorization"].split("_")[1]
+        assert any(identity in entry["who"] for entry in audit), audit
+
+
+def test_a_used_up_quota_is_429_with_the_time_to_wait(
+    keyed: tuple[Served, dict[str, str]], file: Path
+) -> None:
+    served, _ = keyed
+    requests, tokens = make(file, "--quota", "3/h"), make(file, "--token-quota", "5/h")
+    with served.client() as client:
+        wait_until(lambda: client.get("/info", headers=tokens).status_code == 200)
+        for _ in range(3):
+            assert client.post("/encode", json=BODY, headers=requests).status_code == 200
+        answer = client.post("/encode", json=BODY, headers=requests)
+        assert code(answer) == (429, "quota_exceeded")
+        assert 1 <= int(answer.headers["retry-after"]) <= 1200
+        for status in (200, 200, 429):  # 3 tokens of 5, then one request overdraws
+            assert client.post("/encode", json=BODY, headers=tokens).status_code == status
+
+
+def test_a_revoked_key_ends_without_a_restart_and_the_server_stays_closed(
+    keyed: tuple[Served, dict[str, str]], file: Path
+) -> None:
+    served, admin = keyed
+    identity = admin["authorization"].split("_")[1]
+    with served.client() as client:
+        assert client.get("/adapters", headers=admin).status_code == 200
+        file.write_text("not a list")
+        pause = [client.get("/adapters", headers=admin).status_code for _ in range(20)]
+        assert set(pause) == {200}  # a broken file changes nothing
+    file.unlink()
+    revoked = make(file)["authorization"].split("_")[1]
+    CliRunner().invoke(main, ["keys", "--file", str(file), "revoke", revoked])
+    with served.client() as client:
+        wait_until(lambda: client.get("/adapters", headers=admin).status_code == 401)
+        assert client.get("/adapters").status_code == 401
+    assert identity not in file.read_text()
+
+
+def test_a_body_is_not_read_without_a_key(keyed: tuple[Served, dict[str, str]]) -> None:
+    host, port = keyed[0].url.removeprefix("http://").split(":")
+    head = b"POST /encode HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(head + b"content-length: 8000000\r\n\r\n")
+        received = b""
+        while part := connection.recv(65536):  # until the server closes
+            received += part
+    assert received.startswith(b"HTTP/1.1 401")
+    assert len(received) < 4096
+
+
+@pytest.mark.parametrize("scope", ["PUT /adapters/a", "DELETE /adapters/a", "GET /debug/engine"])
+def test_what_is_not_listed_is_an_admin_s(scope: str) -> None:
+    assert needed(*scope.split()) == {"admin"}
+    assert needed("POST", "/encode/") == needed("POST", "/encode\n") == {"admin"}
+
+
+def test_a_public_address_without_keys_is_refused(tiny_backbone: Path, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="not loopback and no API keys"):
+        start_server(tmp_path / "log", tiny_backbone, "--host", "0.0.0.0")
+
+
+def test_the_file_has_no_secret_and_is_its_owner_s_alone(file: Path) -> None:
+    key, secret = new_key(file, "a", scopes={"infer"})
+    assert secret not in file.read_text()
+    assert secret.split("_", 2)[2] not in file.read_text()
+    assert file.stat().st_mode & 0o777 == 0o600
+    ring = KeyRing(file)
+    caller = ring.caller(secret.encode())
+    assert caller is not None
+    assert caller.key == key
+    assert ring.caller(secret[:-1].encode()) is None
+    revoke_key(file, key.id)
+    assert KeyRing(file).caller(secret.encode()) is None
+    assert KeyRing(file).configured
+    with pytest.raises(BadKeys, match="no live key"):
+        revoke_key(file, key.id)
+
+
+def test_list_shows_no_hash_and_a_broken_file_is_a_sentence(file: Path) -> None:
+    make(file, "--name", "ci", "--quota", "100/s", "--adapters", "acme/*")
+    listed = CliRunner().invoke(main, ["keys", "--file", str(file), "list"]).output
+    assert "live infer acme/* 100/s - ci" in listed
+    assert read_keys(file)[0].sha256 not in listed
+    file.write_text(json.dumps([{"id": 1}]))
+    with pytest.raises(BadKeys, match="not a list of keys"):
+        KeyRing(file)
+
+
+@pytest.mark.parametrize("text", ["", "0/s", "5", "5/d", "-1/s", "1.5/s", "5/s "])
+def test_a_wrong_quota_is_a_sentence(text: str) -> None:
+    with pytest.raises(BadKeys, match="no quota"):
+        Quota.parse(text)
+
+
+def test_a_bucket_tells_how_long_until_there_is_enough() -> None:
+    bucket = Bucket(Quota.parse("60/h"))
+    assert bucket.wait_s(60) == 0
+    bucket.take(60)
+    assert bucket.wait_s(1) == 60
+    assert bucket.wait_s(2) == 120
