@@ -80,6 +80,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         max_request_tokens=state.settings.max_request_tokens,
         fair_shares=state.settings.fair_shares,
     )
+    state.engine.lost = state.engine_lost
     state.engine.start()
     yield
     await state.engine.stop()

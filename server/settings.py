@@ -88,6 +88,9 @@ class Settings(BaseModel):
     drain_window_s: float = Field(
         0.0, ge=0, description="Seconds that a stopping server still accepts connections."
     )
+    grace_s: int = Field(
+        30, ge=1, description="Seconds a stopping server gives what is in flight, then it ends."
+    )
     keys: Path | None = Field(
         None, description="File of API keys; default: keys.json in the data folder."
     )

@@ -1,6 +1,7 @@
 """What a running server has: made once by the app, read by the routes."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from starlette.requests import Request
@@ -22,6 +23,7 @@ class ServerState:
     metrics: Metrics
     started: float = field(default_factory=time.time)
     draining: bool = False  # a stop was asked for: no upload is begun any more
+    engine_lost: Callable[[], None] = lambda: None  # set by who runs the process
     engine: Engine = field(init=False)  # from the lifespan on: it needs the event loop
 
     @property

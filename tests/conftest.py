@@ -146,9 +146,12 @@ class Served:
             return self.process.wait()
 
 
-def start_server(log: Path, *arguments: str | Path, **environment: str) -> Served:
-    """`trunkline serve ARGUMENTS` on a free port, ready to answer."""
-    command = [sys.executable, "-m", "server.cli", "serve", "--port", "0", *map(str, arguments)]
+def start_server(
+    log: Path, *arguments: str | Path, script: Path | None = None, **environment: str
+) -> Served:
+    """`trunkline serve ARGUMENTS` on a free port, ready; `script` in its place."""
+    program = ["-m", "server.cli"] if script is None else [str(script)]
+    command = [sys.executable, *program, "serve", "--port", "0", *map(str, arguments)]
     environment = {"TRUNKLINE_DATA_DIR": f"{log}.data"} | environment
     with log.open("wb") as out:
         process = subprocess.Popen(

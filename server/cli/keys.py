@@ -39,7 +39,9 @@ def keys(context: click.Context, file: Path | None, data: Path | None) -> None:
 @click.option("--quota", help="Requests: 100/s, 6000/m or 50000/h.")
 @click.option("--token-quota", help="Tokens: the same shapes.")
 @click.pass_obj
-def new(path: Path, name: str, quota: str | None, token_quota: str | None, **wishes: Any) -> None:
+def new(
+    path: Path, /, name: str, quota: str | None, token_quota: str | None, **wishes: Any
+) -> None:
     """Make a key and print it: once, it is stored nowhere."""
     try:
         _, secret = new_key(

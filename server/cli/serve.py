@@ -1,6 +1,7 @@
 """trunkline serve."""
 
 import ipaddress
+import logging
 import os
 import socket
 import sys
@@ -23,6 +24,7 @@ from server.logs import configure_logs
 from server.settings import BYTES, BadSettings, Settings, load_settings
 from server.state import ServerState
 
+ENGINE_LOST = 70  # exit status: the engine died or is stuck; start the server again
 NOT_FLAGS = {"backbone", "fair_shares"}  # an argument; a table of the TOML file
 
 
@@ -69,12 +71,16 @@ def _serve(backbone: Path | None, config: Path | None, **flags: Any) -> None:
             log_config=None,
             access_log=False,
             server_header=False,
+            timeout_graceful_shutdown=settings.grace_s,
         ),
         app.state.server,
     )
     listener = _listen(settings)
     _announce(app, settings, listener.getsockname()[1])
     server.run(sockets=[listener])
+    if server.engine_lost:
+        logging.shutdown()
+        os._exit(ENGINE_LOST)  # a stuck thread can't be joined
 
 
 def _refuse_open_door(settings: Settings, keys: KeyRing) -> None:
@@ -109,9 +115,17 @@ class DrainingServer(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, state: ServerState) -> None:
         super().__init__(config)
         self.state = state
+        self.engine_lost = False
+        state.engine_lost = self._lose_engine
+
+    def _lose_engine(self) -> None:
+        """The waiting are answered, then the process ends with ENGINE_LOST."""
+        self.engine_lost = self.state.draining = self.should_exit = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.state.draining or self.state.settings.drain_window_s == 0:
+        if self.state.draining:
+            os._exit(128 + sig)  # what was acknowledged is on the disk
+        if self.state.settings.drain_window_s == 0:
             self.state.draining = True
             self._end(sig, frame)
             return

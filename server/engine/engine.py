@@ -1,8 +1,9 @@
 """Engine: the one small async interface to the device, which front ends stand before."""
 
 import asyncio
+import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -11,12 +12,16 @@ from model.checkpoint import Backbone
 from server.engine.admission import Admission, Row, TokenPermits
 from server.engine.errors import DeadlineExceeded, NotReady
 from server.engine.forward import Forward
-from server.engine.job import Ask, Result
+from server.engine.job import Ask, Reply, Result
 from server.engine.loop import EngineLoop
 from server.engine.queue import JobQueue
 from server.metrics import Metrics
 
-STUCK_AFTER_S = 2.0
+STUCK_AFTER_S = 2.0  # a batch on the device for so long: not ready
+LOST_AFTER_S = 60.0  # for so long: lost, and with it the process
+TICK_S = 0.25
+
+log = logging.getLogger("trunkline.engine")
 
 
 class Engine:
@@ -43,6 +48,12 @@ class Engine:
         self.loop = EngineLoop(
             self.queue, library.slots, forward, max_batch_tokens, events, metrics
         )
+        self.loop.died = self._fail
+        self.failed = False
+        self.lost: Callable[[], None] = lambda: None  # the server's: ends the process
+        self._waiting: set[Reply] = set()
+        self._stuck_s = 0.0
+        self._watch: asyncio.Task[None] | None = None
 
     async def encode(self, rows: Sequence[Row], ask: Ask, deadline: float) -> list[Result]:
         """A Result a row, in order. `deadline` is of time.monotonic().
@@ -51,9 +62,10 @@ class Engine:
         Result may carry an error of its own. If the caller is cancelled, rows not yet begun are
         dropped.
         """
-        if not self.alive:
+        if self.failed or not self.alive:
             raise NotReady("the engine is not running")
         jobs, reply = self.admission.admit(rows, ask, deadline)
+        self._waiting.add(reply)
         self.queue.put(jobs)
         try:
             async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
@@ -61,6 +73,7 @@ class Engine:
         except TimeoutError as error:
             raise DeadlineExceeded("the deadline was over before the answer was there") from error
         finally:
+            self._waiting.discard(reply)
             reply.abandoned = True
 
     @property
@@ -70,17 +83,44 @@ class Engine:
     @property
     def ready(self) -> bool:
         """Whether the device thread lives and no batch has been on the device for 2 s."""
-        busy = self.loop.busy_since
-        return self.alive and (busy is None or time.monotonic() - busy < STUCK_AFTER_S)
+        return self.alive and not self.failed and self._stuck_s < STUCK_AFTER_S - TICK_S
 
     def start(self) -> None:
         self.loop.thread.start()
+        self._watch = asyncio.get_running_loop().create_task(self._watch_batches())
+
+    async def _watch_batches(self) -> None:
+        """Counts ticks, not the clock: a process that was stopped and goes on is not stuck."""
+        last: float | None = None
+        while not self.failed:
+            await asyncio.sleep(TICK_S)
+            now = self.loop.busy_since
+            self._stuck_s = self._stuck_s + TICK_S if now is not None and now == last else 0.0
+            last = now
+            if self._stuck_s >= LOST_AFTER_S:
+                log.critical("a batch has been on the device for %g s", self._stuck_s)
+                self._fail()
+
+    def _fail(self) -> None:
+        """The device thread is gone for good: whoever waits is told, and the process is to end."""
+        self.failed = True
+        self._fail_waiting("the engine has failed, and the server restarts; try again")
+        self.lost()
+
+    def _fail_waiting(self, sentence: str) -> None:
+        for reply in self._waiting:
+            if not reply.future.done():
+                reply.future.set_exception(NotReady(sentence, retry_after_s=5))
 
     async def stop(self) -> None:
-        """Let the batch under way finish, then end the thread."""
+        """Let the batch under way finish, then end the thread; what still waits is told."""
+        if self._watch is not None:
+            self._watch.cancel()
         self.loop.stopping = True
         self.queue.close()
-        await asyncio.to_thread(self.loop.thread.join)
+        if not self.failed:
+            await asyncio.to_thread(self.loop.thread.join)
+        self._fail_waiting("the server has stopped")
 
 
 def choose_device(name: str) -> torch.device:

@@ -4,12 +4,14 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
 
 from adapters.errors import TrunklineError
-from adapters.slots import SlotPool
-from server.engine.batcher import Batch, form_batch
-from server.engine.errors import DeadlineExceeded, NotReady
+from adapters.slots import Slot, SlotPool
+from server.engine.batcher import form_batch
+from server.engine.errors import DeadlineExceeded, Overloaded
 from server.engine.forward import Forward
 from server.engine.job import Job, Result
 from server.engine.queue import JobQueue, Taken
@@ -35,11 +37,16 @@ class EngineLoop:
         self.events, self.metrics = events, metrics
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.stopping = False
+        self.died: Callable[[], None] = lambda: None  # called on the event loop, by a dead thread
         self.busy_since: float | None = None  # time.monotonic() of the batch under way
 
     def _run(self) -> None:
-        while not self.stopping:
-            self.step()
+        try:
+            while not self.stopping:
+                self.step()
+        except BaseException:
+            log.critical("the engine thread died", exc_info=True)
+            self.events.call_soon_threadsafe(self.died)
 
     def step(self) -> None:
         taken = self.queue.take(self.max_batch_tokens, self.slots.hold)
@@ -48,21 +55,33 @@ class EngineLoop:
             return
         self.busy_since = began = time.monotonic()
         try:
-            batch = form_batch(taken.jobs, taken.slots, self.forward.encoder.device)
-            results = self._run_batch(batch)
+            done = self._run_jobs(taken.jobs, taken.slots)
         finally:
             self.slots.let_go(taken.slots.values())
             self.busy_since = None
-        self.metrics.batch(batch.packed.ids.shape[0], len(batch.jobs), time.monotonic() - began)
-        self._reply(batch.jobs, results, began)
+        jobs, results = [job for job, _ in done], [result for _, result in done]
+        tokens = sum(job.tokens for job in jobs)
+        self.metrics.batch(tokens, len(jobs), time.monotonic() - began)
+        self._reply(jobs, results, began)
 
-    def _run_batch(self, batch: Batch) -> list[Result]:
+    def _run_jobs(self, jobs: Sequence[Job], slots: Mapping[str, Slot]) -> list[tuple[Job, Result]]:
+        """Every job with its result. A batch that fails, or finds no memory, is run in halves, so
+        that only the rows at fault err.
+
+        Raises AcceleratorError: after it the device answers nothing until the process ends.
+        """
         try:
-            return self.forward.run(batch)
-        except Exception:
-            log.exception("a batch of %d rows failed", len(batch.jobs))
-            broken = NotReady("the forward failed; the server's log says why")
-            return [Result(job.adapter, error=broken) for job in batch.jobs]
+            batch = form_batch(jobs, slots, self.forward.encoder.device)
+            return list(zip(batch.jobs, self.forward.run(batch), strict=True))
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:
+            if len(jobs) == 1:
+                log.exception("a row of %d tokens failed", jobs[0].tokens)
+                return [(jobs[0], Result(jobs[0].adapter, error=_row_error(error)))]
+            log.warning("a batch of %d rows failed, and is run in halves: %r", len(jobs), error)
+        half = len(jobs) // 2
+        return self._run_jobs(jobs[:half], slots) + self._run_jobs(jobs[half:], slots)
 
     def _refuse(self, taken: Taken) -> None:
         """Answer the jobs that no forward is run for: late, abandoned, or without an adapter."""
@@ -81,6 +100,12 @@ class EngineLoop:
             job.release()
         if jobs:
             self.events.call_soon_threadsafe(_deliver, jobs, results)
+
+
+def _row_error(error: Exception) -> TrunklineError:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return Overloaded("there is no memory for this row now", retry_after_s=1)
+    return TrunklineError("the forward of this row failed; the server's log says why")
 
 
 def _deliver(jobs: Sequence[Job], results: Sequence[Result]) -> None:

@@ -1,0 +1,96 @@
+"""A poisoned row, too little memory, a dead or stuck engine, a stopped process: real processes."""
+
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+from adapter_client import wait_until
+from conftest import Serve, Served, start_server
+
+HERE = Path(__file__).parent
+POISON, HANG, KILL, HUNGRY = 7, 8, 9, 10
+GOOD = [[20, 21, 22], [23], [24, 25]]
+ENGINE_LOST = 70
+
+
+@pytest.fixture
+def faulty(tiny_backbone: Path, tmp_path: Path) -> Iterator[Served]:
+    served = start_server(
+        tmp_path / "log", tiny_backbone, "--dtype", "float32", script=HERE / "faulty_server.py"
+    )
+    yield served
+    served.process.kill()
+    served.process.wait()
+
+
+def ask(client: httpx.Client, inputs: list[list[int]]) -> httpx.Response:
+    return client.post("/encode", json={"adapter": "plain", "inputs": inputs})
+
+
+def test_one_poisoned_row_in_any_place_errs_alone(faulty: Served) -> None:
+    with faulty.client() as client:
+        expected = [row["embedding"] for row in ask(client, GOOD).json()["data"]]
+        for place in range(len(GOOD) + 1):
+            answer = ask(client, [*GOOD[:place], [POISON], *GOOD[place:]])
+            assert answer.status_code == 200
+            rows = answer.json()["data"]
+            assert rows.pop(place)["error"]["code"] == "internal_error"
+            for row, vector in zip(rows, expected, strict=True):
+                assert row["embedding"] == pytest.approx(vector, abs=1e-5)
+        answer = ask(client, [[POISON]])
+        assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
+        assert client.get("/ready").status_code == 200
+
+
+def test_a_batch_without_memory_is_run_in_halves(faulty: Served) -> None:
+    with faulty.client() as client:
+        answer = ask(client, [[HUNGRY], *GOOD, [HUNGRY, 1]])
+        assert answer.status_code == 200
+        assert not [row for row in answer.json()["data"] if "error" in row]
+
+
+def test_a_dead_engine_fails_who_waits_and_ends_the_process_with_its_own_code(
+    faulty: Served,
+) -> None:
+    with faulty.client() as client:
+        answer = ask(client, [[KILL]])
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
+    assert int(answer.headers["retry-after"]) > 0
+    assert faulty.process.wait(20) == ENGINE_LOST
+
+
+def test_a_stuck_engine_is_not_ready_while_health_answers(faulty: Served) -> None:
+    with faulty.client() as client, ThreadPoolExecutor(1) as threads:
+        hung = threads.submit(ask, client, [[HANG]])
+        with faulty.client() as other:
+            wait_until(lambda: other.get("/ready").status_code == 503, 10)
+            assert other.get("/health").status_code == 200
+        faulty.process.kill()
+        with pytest.raises(httpx.TransportError):
+            hung.result()
+
+
+def test_a_process_that_was_stopped_goes_on(tiny_backbone: Path, serve: Serve) -> None:
+    served = serve(tiny_backbone, "--dtype", "float32")
+    served.process.send_signal(signal.SIGSTOP)
+    time.sleep(3)
+    served.process.send_signal(signal.SIGCONT)
+    with served.client() as client:
+        assert client.get("/ready").status_code == 200
+        assert ask(client, GOOD).status_code == 200
+
+
+def test_a_second_sigterm_ends_it_now(tiny_backbone: Path, serve: Serve) -> None:
+    served = serve(tiny_backbone, "--drain-window-s", "600")
+    served.process.send_signal(signal.SIGTERM)
+    with served.client() as client:
+        wait_until(lambda: client.get("/ready").status_code == 503)
+    with pytest.raises(subprocess.TimeoutExpired):
+        served.process.wait(0.2)
+    served.process.send_signal(signal.SIGTERM)
+    assert served.process.wait(10) == 128 + signal.SIGTERM
