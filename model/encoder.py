@@ -3,32 +3,67 @@
 Equal to model.gpt.GPT, which the tests hold it against; nothing here trains.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from model.config import MAIN_MATRICES, GPTConfig
-from model.layers import rotary_table, rotate
+from model.layers import rotary_table
 from model.lora import LoraBatch
 from model.packed import PackedBatch, attention
+from model.parts import Part, parts_of
 
 FINAL = 0  # key of the state after ln_f; the state after block l has the key l, from 1
 
 # Sequences don't see each other and all layers use the same matrices, so a part of this many
 # tokens goes through every layer before the next starts: its activations stay in cache.
-MICRO_BATCH_TOKENS = 768
+PART_TOKENS = 768
+# Two parts of fewer tokens than this would cost more in small calls than a second core gives.
+LEAST_PART_TOKENS = 128
+# oneDNN compiles a bfloat16 kernel for each number of rows it meets (a first call takes 1 to 3 ms
+# longer) and keeps about a thousand.
+BF16_ROWS = 16
 
 
-@dataclass(frozen=True)
 class Linear:
-    weight: Tensor  # (out, in)
-    bias: Tensor | None
+    """x W^T + b. `weight` (out, in) is as the fastest kernel at hand wants it, see `packs`."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.bias = weight, bias
+        self.packed = _packed(weight)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        if self.packed is None:
+            return F.linear(x, self.weight, self.bias)
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return y
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """residual + x W^T + b, rounded once where the kernel can."""
+        if self.packed is None:
+            return residual.add_(self(x))
+        y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(
+            x, residual, self.packed, self.bias, "add"
+        )
+        return y
+
+
+def _packed(weight: Tensor) -> Tensor | None:
+    """The weight in oneDNN's blocked layout where bfloat16 is native to a CPU, else None.
+
+    The operators are torch.compile's own for frozen linears.
+    """
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
+        return None
+    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return None
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, PART_TOKENS)
+    return packed
 
 
 @dataclass(frozen=True)
@@ -57,6 +92,11 @@ class Encoder:
     ) -> None:
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
         self._placed: dict[str, Tensor] = {}
+        self._linears: dict[str, Linear] = {}
+        self.threads = torch.get_num_threads() if self.device.type == "cpu" else 1
+        self._workers = ThreadPoolExecutor(
+            self.threads, "encoder", initializer=torch.set_num_threads, initargs=(1,)
+        )
         self.blocks = [self._block(tensors, layer) for layer in range(config.n_layer)]
         self.ln_f = self._pair(tensors, "transformer.ln_f")
         # (V, C) float32: ids are looked up in it, and the mask logits are taken against it
@@ -75,10 +115,15 @@ class Encoder:
         bias = self._place(tensors, f"{name}.bias") if self.config.bias else None
         return self._place(tensors, f"{name}.weight"), bias
 
+    def _linear(self, tensors: Mapping[str, Tensor], name: str) -> Linear:
+        if name not in self._linears:
+            self._linears[name] = Linear(*self._pair(tensors, name))
+        return self._linears[name]
+
     def _block(self, tensors: Mapping[str, Tensor], layer: int) -> BlockWeights:
         home = "shared" if self.config.share_main_matrices else f"transformer.h.{layer}"
         linears = {
-            path.replace(".", "_"): Linear(*self._pair(tensors, f"{home}.{path}"))
+            path.replace(".", "_"): self._linear(tensors, f"{home}.{path}")
             for path in MAIN_MATRICES
         }
         ln_1 = self._pair(tensors, f"transformer.h.{layer}.ln_1")
@@ -96,27 +141,43 @@ class Encoder:
             )
             for layer in keep
         }
-        for start, part in batch.micro_batches(MICRO_BATCH_TOKENS):
-            end = start + part.ids.shape[0]
-            views = {layer: state[start:end] for layer, state in kept.items()}
-            self._through_all_layers(part, lora.between(start, end), views)
+        parts = list(self._parts(batch, lora))
+        if len(parts) == 1 or self.threads == 1:
+            for part in parts:
+                self._through_all_layers(part, kept)
+        else:
+            list(self._workers.map(self._through_all_layers, parts, repeat(kept)))
         return kept
 
-    def _through_all_layers(
-        self, batch: PackedBatch, lora: LoraBatch, keep: Mapping[int, Tensor]
-    ) -> None:
+    def _parts(self, batch: PackedBatch, lora: LoraBatch) -> Iterator[Part]:
+        """On a CPU parts that fit the cache, one a thread at least; on a GPU the whole batch.
+
+        A part is one thread's from the first layer to the last: threads that share each operator
+        wait for each other some 150 times a batch.
+        """
+        tokens = batch.ids.shape[0]
+        if self.device.type != "cpu":
+            return parts_of(batch, lora, tokens, 1)
+        share = max(LEAST_PART_TOKENS, -(-tokens // self.threads))
+        align = BF16_ROWS if self.dtype == torch.bfloat16 else 1
+        return parts_of(batch, lora, min(PART_TOKENS, share), align)
+
+    @torch.inference_mode()
+    def _through_all_layers(self, part: Part, kept: Mapping[int, Tensor]) -> None:
+        batch, lora = part.batch, part.lora
         x = self._embed(batch.ids)  # (N, C)
         cos = self.cos[batch.positions].unsqueeze(1)  # (N, 1, D)
         sin = self.sin[batch.positions].unsqueeze(1)
         for layer, block in enumerate(self.blocks):
             name = f"transformer.h.{layer}"
             normed = lora.norm(f"{name}.ln_1", x, *block.ln_1)
-            x += self._attention(layer, block, normed, lora, batch, cos, sin)
-            x += self._mlp(layer, block, lora.norm(f"{name}.ln_2", x, *block.ln_2), lora)
-            if layer + 1 in keep:
-                keep[layer + 1].copy_(x)
-        if FINAL in keep:
-            keep[FINAL].copy_(lora.norm("transformer.ln_f", x, *self.ln_f))
+            x = self._attention(layer, block, x, normed, lora, batch, cos, sin)
+            x = self._mlp(layer, block, x, lora.norm(f"{name}.ln_2", x, *block.ln_2), lora)
+            if layer + 1 in kept:
+                kept[layer + 1][part.start : part.end] = part.real(x)
+        if FINAL in kept:
+            final = lora.norm("transformer.ln_f", x, *self.ln_f)
+            kept[FINAL][part.start : part.end] = part.real(final)
 
     def _embed(self, ids: Tensor) -> Tensor:
         x = F.embedding(ids, self.wte)
@@ -131,17 +192,33 @@ class Encoder:
         layer: int,
         block: BlockWeights,
         x: Tensor,
+        normed: Tensor,
         lora: LoraBatch,
         batch: PackedBatch,
         cos: Tensor,
         sin: Tensor,
     ) -> Tensor:
-        qkv = lora.add_((layer, "attn.lora_qkv"), x, block.attn_c_attn(x))  # (N, 3C)
-        heads = (3, self.config.n_head, self.config.head_dim)
-        q, k, v = qkv.view(-1, *heads).unbind(1)  # (N, H, D) each
-        y = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, batch).flatten(1)  # (N, C)
-        return lora.add_((layer, "attn.lora_out"), y, block.attn_c_proj(y))
+        """x + the attention of `normed`; x may be changed in place."""
+        qkv = lora.add_((layer, "attn.lora_qkv"), normed, block.attn_c_attn(normed))  # (N, 3C)
+        heads = self.config.n_head
+        qkv = qkv.view(-1, 3 * heads, self.config.head_dim)
+        q, k = rotated(qkv[:, : 2 * heads], cos, sin).chunk(2, dim=1)  # (N, H, D) each
+        y = attention(q, k, qkv[:, 2 * heads :], batch).flatten(1)  # (N, C)
+        x = block.attn_c_proj.add_to(x, y)
+        return lora.add_((layer, "attn.lora_out"), y, x)
 
-    def _mlp(self, layer: int, block: BlockWeights, x: Tensor, lora: LoraBatch) -> Tensor:
-        h = F.gelu(lora.add_((layer, "mlp.lora_fc"), x, block.mlp_c_fc(x)))  # (N, 4C)
-        return lora.add_((layer, "mlp.lora_proj"), h, block.mlp_c_proj(h))
+    def _mlp(
+        self, layer: int, block: BlockWeights, x: Tensor, normed: Tensor, lora: LoraBatch
+    ) -> Tensor:
+        """x + the MLP of `normed`; x may be changed in place."""
+        h = F.gelu(lora.add_((layer, "mlp.lora_fc"), normed, block.mlp_c_fc(normed)))  # (N, 4C)
+        return lora.add_((layer, "mlp.lora_proj"), h, block.mlp_c_proj.add_to(x, h))
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """model.layers.rotate of x (N, H, D), with three passes over it instead of six."""
+    half = x.shape[-1] // 2
+    out = x * cos
+    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+    out[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    return out

@@ -29,13 +29,18 @@ class Masked(Objective):
     CRITIC_WARMUP = 0.1
 
     def __init__(
-        self, gpt: GPT, mask_shares: tuple[float, float] = (0.1, 0.6), critic_start: float = 0.5
+        self,
+        gpt: GPT,
+        mask_shares: tuple[float, float] = (0.1, 0.6),
+        critic_start: float = 0.5,
+        teacher_weight: float = 0.0,
     ) -> None:
         super().__init__(gpt)
         if gpt.config.mask_token_id is None:
             raise ValueError("masked training needs a mask_token_id")
         self.mask_token_id = gpt.config.mask_token_id
         self.mask_shares, self.critic_start = mask_shares, critic_start
+        self.teacher_weight = teacher_weight
         self.trains_critic = gpt.config.add_critic_head  # type: ignore[misc]
 
     def example(self, row: Row, names: Sequence[str], tokenizer: Tokenizer) -> Example:
@@ -51,15 +56,22 @@ class Masked(Objective):
     def loss(self, batch: Batch, share: float) -> Loss:
         ids = batch.ids if torch.rand(()) < 0.5 else self._led_by_cls(batch.ids)
         asked = self._choose(ids)  # (M,)
-        logits = self._predict(ids, asked)
-        masked = F.cross_entropy(logits, ids.flatten()[asked])
-        weight = self.critic_weight(share)
-        if weight == 0:
-            return masked, {"masked": masked.item()}
-        filled = self._fill(ids, asked, logits.detach())
-        critic, sequence = self._critic_losses(ids, filled)
-        parts = {"masked": masked.item(), "critic": critic.item(), "sequence": sequence.item()}
-        return masked + weight * (critic + sequence), parts
+        hidden, logits = self._predict(ids, asked)
+        loss = F.cross_entropy(logits, ids.flatten()[asked])
+        parts = {"masked": loss}
+        if self.teacher_weight:
+            parts["teacher"] = self._teacher_loss(hidden, ids, batch)
+            loss = loss + self.teacher_weight * parts["teacher"]
+        if weight := self.critic_weight(share):
+            filled = self._fill(ids, asked, logits.detach())
+            parts["critic"], parts["sequence"] = self._critic_losses(ids, filled)
+            loss = loss + weight * (parts["critic"] + parts["sequence"])
+        return loss, {name: part.item() for name, part in parts.items()}
+
+    def _teacher_loss(self, hidden: Tensor, ids: Tensor, batch: Batch) -> Tensor:
+        """1 - cosine of the pooled rows, as far as they are seen, and the teacher's vectors."""
+        vectors = torch.stack([e.target for e in batch.examples if isinstance(e.target, Tensor)])
+        return (1 - F.cosine_similarity(self.pool(hidden, ids), vectors)).mean()
 
     def measure(self, batches: Iterator[Batch]) -> dict[str, float]:
         """Masked-token loss and accuracy, and the critic's AUC over the tokens of filled rows."""
@@ -88,7 +100,7 @@ class Masked(Objective):
         parts = []
         for batch in batches:
             asked = self._choose(batch.ids)
-            logits, truth = self._predict(batch.ids, asked), batch.ids.flatten()[asked]
+            (_, logits), truth = self._predict(batch.ids, asked), batch.ids.flatten()[asked]
             losses = F.cross_entropy(logits, truth, reduction="none")
             filled, keep = self._fill(batch.ids, asked, logits), batch.ids != self.pad_token_id
             wrong = (filled != batch.ids)[keep]
@@ -120,12 +132,12 @@ class Masked(Objective):
         count = len(places) - len(places) % MASKED_STEP or len(places)
         return places[torch.randperm(len(places))[:count]].sort().values
 
-    def _predict(self, ids: Tensor, asked: Tensor) -> Tensor:
-        """The logits (M, V) float32 of the `asked` positions, when they are masked."""
+    def _predict(self, ids: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
+        """The states (R, T, C) when `asked` is masked, and logits (M, V) float32 of `asked`."""
         masked = ids.flatten().index_fill(0, asked, self.mask_token_id).view_as(ids)
-        hidden = self.hidden(masked).flatten(0, 1).index_select(0, asked)
-        logits: Tensor = self.gpt.lm_head(hidden)
-        return logits.float()
+        hidden = self.hidden(masked)
+        logits: Tensor = self.gpt.lm_head(hidden.flatten(0, 1).index_select(0, asked))
+        return hidden, logits.float()
 
     def _fill(self, ids: Tensor, asked: Tensor, logits: Tensor) -> Tensor:
         """ids with the asked positions sampled from the logits, by inverting their distribution."""

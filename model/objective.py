@@ -54,7 +54,11 @@ class Objective(nn.Module, ABC):
 
     def pooled(self, ids: Tensor) -> Tensor:
         """(R, T) ids -> (R, C) float32, by the config's pooling."""
-        hidden, keep = self.hidden(ids).float(), ids != self.pad_token_id
+        return self.pool(self.hidden(ids), ids)
+
+    def pool(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """hidden (R, T, C) of the ids (R, T) -> (R, C) float32, by the config's pooling."""
+        hidden, keep = hidden.float(), ids != self.pad_token_id
         if self.gpt.config.pooling == "cls":
             return hidden[:, 0]
         if self.gpt.config.pooling == "last":

@@ -1,7 +1,8 @@
-"""PackedBatch: sequences laid end to end without padding, and attention within each of them."""
+"""PackedBatch: sequences in one row of tokens, and attention within each of them."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -9,23 +10,30 @@ from torch.nn import functional as F
 
 
 class PackedBatch:
-    """B sequences as one row of N tokens.
+    """B sequences in one row of N tokens.
 
     ids (N,) int64; lengths and starts have B entries; positions (N,) restart at each sequence.
-    `groups` is the plan for attention: sequences of one length share a call.
+    Without `starts` the sequences lie end to end; with them there may be gaps, whose tokens mean
+    nothing and whose states are nobody's. `groups` is the plan for attention: sequences of one
+    length share a call.
     """
 
-    def __init__(self, ids: Tensor, lengths: Sequence[int]) -> None:
+    def __init__(
+        self, ids: Tensor, lengths: Sequence[int], starts: Sequence[int] | None = None
+    ) -> None:
         self.ids = ids
         self.lengths = list(lengths)
-        self.starts: list[int] = []
-        end = 0
-        for length in self.lengths:
-            self.starts.append(end)
-            end += length
-        if end != ids.shape[0] or min(self.lengths, default=1) < 1:
-            raise ValueError(f"lengths add up to {end} tokens, each at least 1; ids has {len(ids)}")
-        self.positions = torch.cat([torch.arange(n) for n in self.lengths]).to(ids.device)
+        ends = list(accumulate(self.lengths))
+        if min(self.lengths, default=1) < 1 or (starts is None and sum(lengths) != ids.shape[0]):
+            raise ValueError(
+                f"lengths add up to {sum(lengths)} tokens, each at least 1; ids has {len(ids)}"
+            )
+        self.starts = [0, *ends][:-1] if starts is None else list(starts)
+        self.gaps = starts is not None
+        positions = torch.zeros(ids.shape[0], dtype=torch.int64)
+        for start, length in zip(self.starts, self.lengths, strict=True):
+            positions[start : start + length] = torch.arange(length)
+        self.positions = positions.to(ids.device)
         self.groups = self._group_by_length()
 
     def _group_by_length(self) -> list[tuple[int, slice | Tensor]]:
@@ -43,23 +51,11 @@ class PackedBatch:
                 groups.append((length, tokens.flatten().to(self.ids.device)))
         return groups
 
-    def micro_batches(self, max_tokens: int) -> Iterator[tuple[int, "PackedBatch"]]:
-        """(first token, part) for parts of whole sequences, of max_tokens or one sequence."""
-        lengths: list[int] = []
-        start = end = 0
-        for length in self.lengths:
-            if lengths and end - start + length > max_tokens:
-                yield start, PackedBatch(self.ids[start:end], lengths)
-                lengths, start = [], end
-            lengths.append(length)
-            end += length
-        if lengths:
-            yield start, PackedBatch(self.ids[start:end], lengths)
-
 
 def attention(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch) -> Tensor:
     """softmax(q k^T / sqrt(D)) v within each sequence: q, k, v (N, H, D) -> (N, H, D)."""
-    out = torch.empty_like(v)
+    # what lies in a gap is never read, but must not be a NaN that slows the matrix units down
+    out = torch.zeros_like(v) if batch.gaps else torch.empty_like(v)
     for length, tokens in batch.groups:
         rows = (-1, length, *q.shape[1:])
         y = F.scaled_dot_product_attention(  # (R, H, T, D)

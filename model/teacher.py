@@ -12,8 +12,8 @@ from model.gpt import GPT
 EMBEDDING_STD = 0.04  # twice that of a fresh wte: the teacher's words are worth keeping
 
 
-def read_teacher(path: Path, rows: int, gpt: GPT) -> Tensor:
-    """The teacher's vectors `rows`, (rows, C); its `wte` (V, C), if any, goes into the model.
+def read_teacher(path: Path, rows: int, gpt: GPT, fresh: bool) -> Tensor:
+    """The teacher's vectors `rows`, (rows, C); its `wte` (V, C), if any, goes into a fresh model.
 
     Raises DataError for a file that is not safetensors, or not of this corpus and model.
     """
@@ -29,7 +29,7 @@ def read_teacher(path: Path, rows: int, gpt: GPT) -> Tensor:
         shape = expected.get(name)
         if shape is None or tuple(tensor.shape) != shape or not tensor.isfinite().all():
             raise DataError(path, None, f"{name} {list(tensor.shape)} where {shape} was expected")
-    if "wte" in tensors:
+    if "wte" in tensors and fresh:
         wte = tensors["wte"].float()
         gpt.wte.weight.data.copy_(wte * (EMBEDDING_STD / wte.std()))
     return tensors["rows"].float()

