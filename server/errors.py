@@ -5,6 +5,7 @@ from typing import Any
 from adapters.errors import TrunklineError
 
 STATUS = {
+    "malformed_request": 400,
     "malformed_json": 400,
     "invalid_utf8": 400,
     "duplicate_key": 400,

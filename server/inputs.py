@@ -25,16 +25,34 @@ class Encoded:
 
 
 async def encode_inputs(
-    inputs: Sequence[str | Ids], tokenizer: Tokenizer, limit: int | None
+    inputs: Sequence[str | Ids],
+    tokenizer: Tokenizer,
+    limit: int | None,
+    most: int | None = None,
 ) -> list[Encoded]:
     """One Encoded an input, cut to `limit` tokens; None cuts nothing.
 
-    Raises UntokenizableText or EmptyInput for a text that has no tokens.
+    Raises SequenceTooLong, before it is tokenised, for a text whose length alone shows that it has
+    over `most` tokens; UntokenizableText, or EmptyInput for a text that has no tokens.
     """
+    if most is not None:
+        _refuse_too_long(inputs, tokenizer, most)
     characters = sum(len(item) for item in inputs if isinstance(item, str))
     if characters <= INLINE_CHARACTERS:
         return _encode_all(inputs, tokenizer, limit)
     return await asyncio.to_thread(_encode_all, inputs, tokenizer, limit)
+
+
+def _refuse_too_long(inputs: Sequence[str | Ids], tokenizer: Tokenizer, most: int) -> None:
+    for row, item in enumerate(inputs):
+        least = tokenizer.least_tokens(item) if isinstance(item, str) else 0
+        if least > most:
+            raise errors.SequenceTooLong(
+                f"a row has at least {least} tokens; block_size is {most}",
+                row=row,
+                tokens=least,
+                limit=most,
+            )
 
 
 def _encode_all(

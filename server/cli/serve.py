@@ -19,6 +19,7 @@ from adapters.errors import TrunklineError
 from model.checkpoint import BackboneError
 from server import __version__
 from server.app import create_app
+from server.connection import Connection
 from server.keys import BadKeys, KeyRing
 from server.logs import configure_logs
 from server.settings import BYTES, BadSettings, Settings, load_settings
@@ -68,6 +69,8 @@ def _serve(backbone: Path | None, config: Path | None, **flags: Any) -> None:
             app,
             host=settings.host,
             port=settings.port,
+            http=Connection,
+            ws="none",
             log_config=None,
             access_log=False,
             server_header=False,

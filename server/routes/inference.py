@@ -38,8 +38,9 @@ async def answer_inputs(
     received: float = request.state.received
     _check_count(len(inputs) * len(references), state)
     began = time.monotonic()
-    limit = state.backbone.config.block_size if truncate else None
-    encoded = await encode_inputs(inputs, state.backbone.tokenizer, limit)
+    block_size = state.backbone.config.block_size
+    limit, most = (block_size, None) if truncate else (None, block_size)
+    encoded = await encode_inputs(inputs, state.backbone.tokenizer, limit, most)
     tokenize_ms = (time.monotonic() - began) * 1e3
     rows = [Row(item.ids, reference) for item in encoded for reference in references]
     timeout_s = (timeout_ms or state.settings.default_timeout_ms) / 1e3

@@ -1,0 +1,125 @@
+"""uvicorn's connection with the bounds that it lacks: header bytes, header time, one Host."""
+
+import asyncio
+import http
+import json
+import re
+import sys
+import uuid
+from typing import Any
+
+import httptools
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from server.errors import STATUS, RequestError, error_body
+
+MAX_HEADER_BYTES = 64 << 10
+HEADER_TIMEOUT_S = 10.0
+_LINE = re.compile(rb"[A-Z]+ /[!-~]* HTTP/1\.[01]\r\n")  # a request, whatever its method
+
+
+class Connection(HttpToolsProtocol):
+    """A head over 64 KiB is 431, one that dribbles 408, one without its Host 400; then closed."""
+
+    header_timeout_s = HEADER_TIMEOUT_S
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._start = b""
+        self._head_bytes = 0  # of a head that is not whole yet
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._head_is_there()
+        super().connection_lost(exc)
+
+    def _await_head(self) -> None:
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(self.header_timeout_s, self._head_is_late)
+
+    def _head_is_there(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _head_is_late(self) -> None:
+        self._head_timer = None
+        if self._head_bytes:
+            self._refuse("receive_timeout", f"the head took over {self.header_timeout_s:g} s")
+        elif not self.transport.is_closing():  # it never asked for anything
+            self.transport.close()
+
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        self._in_head = self.cycle is None or not self.cycle.more_body
+        if self._in_head:
+            if not self._head_bytes:
+                self._start = data[:256]
+            self._head_bytes += len(data)
+        super().data_received(data)
+        if not self._in_head or self.transport.is_closing():
+            return
+        if self._head_bytes > MAX_HEADER_BYTES:
+            self._refuse("headers_too_large", f"the head may have {MAX_HEADER_BYTES} bytes")
+        elif self._head_bytes:
+            self._await_head()
+
+    def on_headers_complete(self) -> None:
+        self._in_head, self._head_bytes = False, 0
+        self._head_is_there()
+        hosts = sum(name == b"host" for name, _ in self.headers)
+        if hosts != 1 and (hosts or self.parser.get_http_version() == "1.1"):
+            raise BadHead("malformed_request", "a request has one Host header")
+        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+        if size > MAX_HEADER_BYTES:
+            raise BadHead("headers_too_large", f"the head may have {MAX_HEADER_BYTES} bytes")
+        super().on_headers_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Called where the parser, or a callback of ours, found a fault: the context says which."""
+        error = _fault()
+        if isinstance(error, BadHead):
+            self._refuse(error.code, error.sentence)
+        elif isinstance(error, httptools.HttpParserInvalidMethodError) and _LINE.match(self._start):
+            self._refuse("method_not_allowed", "the method is unknown")
+        else:
+            self._refuse("malformed_request", "this is not HTTP/1.1, or can be read in two ways")
+
+    def _refuse(self, code: str, sentence: str) -> None:
+        self._head_is_there()
+        if self.transport.is_closing():
+            return
+        if self.cycle is not None and not self.cycle.response_complete:
+            if self.cycle.response_started:  # a second answer can't be told from the first
+                self.transport.close()
+                return
+            self.cycle.disconnected = True  # this is its answer
+            self.cycle.message_event.set()
+        request_id = uuid.uuid4().hex
+        body = json.dumps(error_body(RequestError(code, sentence), request_id)).encode()
+        status = http.HTTPStatus(STATUS[code])
+        allow = "allow: GET, HEAD, POST, PUT, DELETE\r\n" if code == "method_not_allowed" else ""
+        head = (
+            f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\nx-request-id: {request_id}\r\n{allow}"
+            "connection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
+        self.transport.close()
+
+
+def _fault() -> BaseException | None:
+    """What the parser raised; of a callback's exception, the exception itself."""
+    error = sys.exc_info()[1]
+    inner = error.__context__ if error is not None else None
+    return inner if isinstance(inner, BadHead) else error
+
+
+class BadHead(Exception):
+    """Raised through the parser, which stops there."""
+
+    def __init__(self, code: str, sentence: str) -> None:
+        super().__init__(sentence)
+        self.code, self.sentence = code, sentence
