@@ -1,5 +1,6 @@
 """Health, readiness, metrics, and what is served."""
 
+import time
 from dataclasses import asdict
 
 from fastapi import APIRouter
@@ -69,6 +70,24 @@ async def info(request: Request) -> Response:
             "slots": asdict(state.library.slots.stats()),
             "leases": state.library.leases.total,
             "limits": limits | {"block_size": backbone.config.block_size},
+        }
+    )
+
+
+@router.get("/debug/engine", responses=errors(*READ))
+async def debug_engine(request: Request) -> Response:
+    """Queue, slots and leases right now; an admin's."""
+    state = state_of(request)
+    engine = state.engine
+    since = engine.loop.busy_since
+    return JSONAnswer(
+        {
+            "ready": engine.ready,
+            "batch_s": None if since is None else time.monotonic() - since,
+            "waiting_rows": len(engine.queue),
+            "tokens_admitted": engine.admission.permits.held,
+            "slots": asdict(state.library.slots.stats()),
+            "leases": state.library.leases.total,
         }
     )
 

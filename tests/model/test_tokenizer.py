@@ -127,3 +127,16 @@ def test_a_tokenizer_that_splits_at_spaces_may_drop_them_and_nothing_else() -> N
     with pytest.raises(UntokenizableText) as refused:
         tokenizer.encode("a c")
     assert refused.value.offset == 2
+
+
+@given(st.lists(st.sampled_from([*CHARACTERS, *SPECIAL]), max_size=200))
+def test_a_text_has_at_least_the_tokens_that_its_length_tells(parts: list[str]) -> None:
+    tokenizer, text = tiny_tokenizer(), "".join(parts)
+    assert tokenizer.least_tokens(text) <= len(tokenizer.encode(text).ids)
+    assert tokenizer.least_tokens("a" * 1_000_000) > 100_000
+
+
+def test_a_tokenizer_that_rewrites_the_text_tells_nothing_by_its_length() -> None:
+    backend = Backend(models.BPE(vocab={"a": 0, " ": 1}, merges=[]))
+    backend.normalizer = normalizers.Replace("aa", "a")
+    assert Tokenizer(backend).least_tokens("a" * 1000) == 0

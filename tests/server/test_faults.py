@@ -70,6 +70,9 @@ def test_a_stuck_engine_is_not_ready_while_health_answers(faulty: Served) -> Non
         with faulty.client() as other:
             wait_until(lambda: other.get("/ready").status_code == 503, 10)
             assert other.get("/health").status_code == 200
+            engine = other.get("/debug/engine").json()
+            assert (engine["ready"], engine["tokens_admitted"], engine["leases"]) == (False, 1, 1)
+            assert engine["batch_s"] > 1
         faulty.process.kill()
         with pytest.raises(httpx.TransportError):
             hung.result()

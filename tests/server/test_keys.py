@@ -69,6 +69,8 @@ def test_a_scope_allows_its_routes_only_and_unknown_paths_are_an_admin_s(
         assert code(client.get("/metrics", headers=infer)) == (403, "forbidden")
         assert code(client.get("/no/such/path", headers=infer)) == (403, "forbidden")
         assert client.get("/metrics", headers=metrics).status_code == 200
+        assert code(client.get("/debug/engine", headers=infer)) == (403, "forbidden")
+        assert client.get("/debug/engine", headers=admin).json()["leases"] == 0
         assert code(client.get("/adapters", headers=metrics)) == (403, "forbidden")
         assert client.get("/no/such/path", headers=admin).status_code == 404
         assert code(client.post("/encode", json=BODY, headers=admin)) == (403, "forbidden")
