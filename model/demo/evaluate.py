@@ -44,8 +44,8 @@ class Figure:
 class Served:
     """The endpoints, a few rows a request."""
 
-    def __init__(self, url: str) -> None:
-        self.client = httpx.Client(base_url=url, timeout=600)
+    def __init__(self, client: httpx.Client) -> None:
+        self.client = client
 
     def ask(self, path: str, inputs: Sequence[Any], **body: Any) -> Rows:
         """The answers' `data`, in the order of `inputs`."""
@@ -271,7 +271,6 @@ def main(
     data: Path, url: str, out: Path, limit: int | None, train_limit: int | None, held_out: float
 ) -> None:
     """Measure the server at URL, which serves the demo, on the rows under DATA."""
-    served = Served(url)
     train, test = (
         {
             task: read(data / f"{task}_{part}.jsonl", most)
@@ -282,15 +281,17 @@ def main(
     hard = read(data / "verses_hard_test.jsonl", limit)
     corpus = (data / "corpus.txt").read_text("utf-8").splitlines()
     kept = corpus[-max(1, round(held_out * len(corpus))) :][1::2]  # the others made its table
-    figures = [
-        *classifier(served, "supersense", train["supersense"], test["supersense"]),
-        *classifier(served, "era", train["era"], test["era"]),
-        *verses(served, "verses", train["verses"], test["verses"]),
-        *verses(served, "verses without names", train["verses"], hard),
-        *translators(served, train["translators"], test["translators"]),
-        *scripture(served, test["scripture"]),
-        *critic(served, kept[:limit]),
-    ]
+    with httpx.Client(base_url=url, timeout=600) as client:
+        served = Served(client)
+        figures = [
+            *classifier(served, "supersense", train["supersense"], test["supersense"]),
+            *classifier(served, "era", train["era"], test["era"]),
+            *verses(served, "verses", train["verses"], test["verses"]),
+            *verses(served, "verses without names", train["verses"], hard),
+            *translators(served, train["translators"], test["translators"]),
+            *scripture(served, test["scripture"]),
+            *critic(served, kept[:limit]),
+        ]
     out.mkdir(parents=True, exist_ok=True)
     (out / "evaluation.md").write_text(table(figures), "utf-8")
     lines = json.dumps([asdict(figure) for figure in figures], indent=1)
