@@ -60,7 +60,7 @@ def _packed(weight: Tensor) -> Tensor | None:
     """
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
         return None
-    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return None
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, PART_TOKENS)
     return packed

@@ -24,6 +24,7 @@ from model.gpt import GPT
 from model.heads import critic_logits, label_scores, pool
 from model.lora import AdapterWeights, LoraBatch
 from model.packed import PackedBatch
+from model.parts import parts_of
 
 TOLERANCE = {
     torch.float32: {"rtol": 1e-5, "atol": 2e-5},  # against the reference, states of size 1 to 10
@@ -219,14 +220,30 @@ def test_a_batch_too_long_for_one_micro_batch_equals_the_reference(shared: bool)
         assert_close(state, states_of(references[i], row)[-1])
 
 
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 200))
-def test_micro_batches_are_whole_sequences_within_the_limit(lengths: list[int], limit: int) -> None:
-    whole = packed([torch.arange(n) + n for n in lengths])
-    parts = list(whole.micro_batches(limit))
-    assert [n for _, part in parts for n in part.lengths] == lengths
-    assert torch.equal(torch.cat([part.ids for _, part in parts]), whole.ids)
-    assert all(len(part.ids) <= limit or len(part.lengths) == 1 for _, part in parts)
-    assert all(torch.equal(whole.ids[at : at + len(part.ids)], part.ids) for at, part in parts)
+@given(
+    st.lists(st.tuples(st.integers(1, 50), st.integers(0, 2)), min_size=1, max_size=40),
+    st.integers(1, 200),
+    st.sampled_from([1, 4, 16]),
+)
+def test_parts_are_whole_sequences_within_the_limit_and_aligned(
+    rows: list[tuple[int, int]], limit: int, align: int
+) -> None:
+    adapters = [None, AdapterWeights(), AdapterWeights()]
+    whole = packed([torch.arange(n) + n for n, _ in rows])
+    lora = LoraBatch.of_rows(whole.lengths, [adapters[kind] for _, kind in rows])
+    parts = list(parts_of(whole, lora, limit, align))
+    assert [n for part in parts for n in part.batch.lengths] == whole.lengths
+    assert torch.equal(torch.cat([part.real(part.batch.ids) for part in parts]), whole.ids)
+    assert all(p.end - p.start <= limit or len(p.batch.lengths) == 1 for p in parts)
+    row = iter(rows)
+    for part in parts:
+        assert len(part.batch.ids) == part.lora.segments[-1].end
+        assert all(s.start % align == 0 and s.end % align == 0 for s in part.lora.segments)
+        for start, length in zip(part.batch.starts, part.batch.lengths, strict=True):
+            n, kind = next(row)
+            assert torch.equal(part.batch.ids[start : start + length], torch.arange(n) + n)
+            (own,) = [s for s in part.lora.segments if s.start <= start and start + n <= s.end]
+            assert own.adapter is adapters[kind]
 
 
 def poisoned(weights: AdapterWeights) -> AdapterWeights:
