@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup serve test lint format check crash soak bench-registry loadtest docs image-test deploy-test demo demo-setup demo-data demo-train demo-evaluate
+.PHONY: setup serve test lint format check crash soak bench loadtest docs image-test deploy-test demo demo-setup demo-data demo-train demo-evaluate
 
 setup: $(STAMP)
 
@@ -44,8 +44,8 @@ soak: setup ## 1,000 swaps under traffic, long state machines and fuzzing (about
 	STATE_EXAMPLES=300 STATE_STEPS=60 $(BIN)/python -m pytest tests/adapters/test_library_states.py
 	FUZZ_EXAMPLES=20000 $(BIN)/python -m pytest tests/adapters/test_format.py
 
-bench-registry: setup ## 10,000 registered adapters beside 10: start, resolve, list
-	$(BIN)/python -m loadtest.bench.registry
+bench: setup ## this machine, measured: ratios in a table, and as a line of JSON (about 10 minutes)
+	$(BIN)/trunkline bench $(ARGS)
 
 loadtest: setup ## two minutes of real traffic against a server of its own; the report is load-report.html
 	$(BIN)/python -m loadtest -t 120s -u 12 --shape steps --adapters 100 --drift 6 $(ARGS)

@@ -4,6 +4,7 @@ import click
 
 from server import __version__
 from server.cli.adapters import adapters
+from server.cli.bench import bench
 from server.cli.checkpoints import import_
 from server.cli.keys import keys
 from server.cli.serve import serve
@@ -16,5 +17,5 @@ def main() -> None:
     """One resident trunk, thousands of adapters."""
 
 
-for command in (serve, adapters, import_, train_, keys):
+for command in (serve, adapters, import_, train_, bench, keys):
     main.add_command(command)

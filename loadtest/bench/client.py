@@ -1,0 +1,197 @@
+"""An HTTP client that takes little of the machine: requests made beforehand, bytes back.
+
+It shares the cores with the server, so it parses no body while the clock runs.
+"""
+
+import asyncio
+import itertools
+import json
+import random
+import time
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import uvloop
+
+from loadtest.bench.process import Running
+
+T = TypeVar("T")
+RAMP_S = 0.3  # of a load, not counted
+BUFFER_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class Question:
+    """A whole request as bytes, and the tokens it has."""
+
+    request: bytes
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    head: bytes
+    body: bytes
+
+    def header(self, name: str) -> str:
+        for line in self.head.split(b"\r\n"):
+            key, _, value = line.partition(b":")
+            if key.lower() == name.encode():
+                return value.strip().decode()
+        raise KeyError(name)
+
+
+class Refused(Exception):
+    """An answer other than 200 where every one must be."""
+
+
+def post(
+    path: str, body: dict[str, Any], accept: str = "application/json", tokens: int = 0
+) -> Question:
+    raw = json.dumps(body, separators=(",", ":")).encode()
+    return Question(_request("POST", path, raw, "application/json", accept), tokens)
+
+
+def put(path: str, file: bytes) -> bytes:
+    return _request("PUT", path, file, "application/octet-stream", "application/json")
+
+
+def _request(method: str, path: str, body: bytes, kind: str, accept: str) -> bytes:
+    head = (
+        f"{method} {path} HTTP/1.1\r\nhost: bench\r\ncontent-type: {kind}\r\naccept: {accept}\r\n"
+        f"content-length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+class Connection:
+    """One connection that is kept: one request at a time."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader, self._writer = reader, writer
+
+    @classmethod
+    async def open(cls, server: Running) -> "Connection":
+        return cls(*await asyncio.open_connection(server.host, server.port, limit=BUFFER_BYTES))
+
+    async def ask(self, request: bytes) -> Answer:
+        """Answers must have a content-length, as trunkline's have."""
+        self._writer.write(request)
+        head = await self._reader.readuntil(b"\r\n\r\n")
+        answer = Answer(int(head[9:12]), head, b"")
+        body = await self._reader.readexactly(int(answer.header("content-length")))
+        return Answer(answer.status, head, body)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def on_loop(work: Coroutine[Any, Any, T]) -> T:
+    """Run it on the event loop that uvicorn uses too."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(work)
+
+
+async def ask_one(server: Running, request: bytes) -> Answer:
+    connection = await Connection.open(server)
+    try:
+        return await connection.ask(request)
+    finally:
+        connection.close()
+
+
+class Counter:
+    """What was answered a second, from an answer after the ramp to the last one within the window.
+
+    A window goes on until enough was answered, however slow the server is.
+    """
+
+    def __init__(self, window_s: float, least: int) -> None:
+        self.window_s, self.least = window_s, least
+        self._ramp_ends = time.perf_counter() + RAMP_S
+        self._first = self._last = 0.0
+        self._answers = self._tokens = 0
+
+    @property
+    def open(self) -> bool:
+        spent = time.perf_counter() - self._ramp_ends
+        return spent < self.window_s or self._answers < self.least
+
+    def add(self, tokens: int) -> None:
+        now = time.perf_counter()
+        if not self._first and now >= self._ramp_ends:
+            self._first = now
+        elif self._first and self.open:
+            self._last, self._answers, self._tokens = now, self._answers + 1, self._tokens + tokens
+
+    @property
+    def rate(self) -> float:
+        return self._tokens / (self._last - self._first)
+
+
+async def saturate(
+    server: Running, questions: Sequence[Question], connections: int, window_s: float
+) -> float:
+    """Tokens answered a second by a closed loop. Raises Refused where an answer is not 200."""
+    turns = itertools.cycle(questions)
+    counter = Counter(window_s, 2 * connections)
+
+    async def keep_asking() -> None:
+        connection = await Connection.open(server)
+        while counter.open:
+            question = next(turns)
+            answer = await connection.ask(question.request)
+            if answer.status != 200:
+                raise Refused(f"{answer.status} {answer.body[:300]!r}")
+            counter.add(question.tokens)
+        connection.close()
+
+    async with asyncio.TaskGroup() as tasks:
+        for _ in range(connections):
+            tasks.create_task(keep_asking())
+    return counter.rate
+
+
+async def lone_latency(server: Running, question: Question, count: int) -> list[float]:
+    """Seconds of `count` requests, one after the other on one connection."""
+    connection = await Connection.open(server)
+    spent = []
+    for _ in range(count):
+        began = time.perf_counter()
+        answer = await connection.ask(question.request)
+        spent.append(time.perf_counter() - began)
+        if answer.status != 200:
+            raise Refused(f"{answer.status} {answer.body[:300]!r}")
+    connection.close()
+    return spent
+
+
+async def steady(
+    server: Running, questions: Sequence[Question], rate: float, window_s: float, seed: int
+) -> list[tuple[int, Answer, float]]:
+    """An open loop of `rate` requests a second, at random times.
+
+    What was asked (its index), the answer, and its seconds from when it was due.
+    """
+    rng = random.Random(seed)
+    idle: list[Connection] = []
+    answers: list[tuple[int, Answer, float]] = []
+
+    async def ask(index: int, due: float) -> None:
+        connection = idle.pop() if idle else await Connection.open(server)
+        answer = await connection.ask(questions[index].request)
+        answers.append((index, answer, time.perf_counter() - due))
+        idle.append(connection)
+
+    due = time.perf_counter()
+    ends = due + window_s
+    async with asyncio.TaskGroup() as tasks:
+        while due < ends:
+            await asyncio.sleep(max(0.0, due - time.perf_counter()))
+            tasks.create_task(ask(rng.randrange(len(questions)), due))
+            due += rng.expovariate(rate)
+    for connection in idle:
+        connection.close()
+    return answers

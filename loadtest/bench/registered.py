@@ -1,0 +1,68 @@
+"""A trunk and its adapters on the disk, as `trunkline serve` takes them.
+
+The files and rows in the data folder are those that uploads leave; only the probe and the fsyncs
+of each upload are left out, so that ten thousand take seconds.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from adapters.format import FORMAT, adapter_bytes, parse_adapter
+from adapters.registry import Registry
+from adapters.store import Blob, BlobStore
+from adapters.validate import validate
+from adapters.versions import Record
+from loadtest.bench.trunk import Trunk, adapter_file, adapter_tensors
+from model.checkpoint import write_backbone
+from server.app import data_folder
+from server.settings import load_settings
+
+TINY_SITE = "transformer.h.0.attn.lora_qkv."
+
+
+def write_trunk(scratch: Path, trunk: Trunk) -> Path:
+    """Its backbone folder; the name is the backbone's id."""
+    folder = scratch / trunk.backbone.id
+    if not folder.exists():
+        write_backbone(folder, trunk.config, trunk.backbone.tensors, trunk.backbone.tokenizer)
+    return folder
+
+
+def name_of(index: int) -> str:
+    return f"tenant-{index % 97}/adapter-{index:05}"
+
+
+def full_files(trunk: Trunk, count: int, rank: int) -> Iterator[tuple[str, bytes]]:
+    """Names and files of adapters that change every site: those of trunk.adapters."""
+    for index in range(count):
+        yield name_of(index), adapter_file(trunk.config, trunk.digest, rank, index)
+
+
+def tiny_files(trunk: Trunk, indices: Iterable[int]) -> Iterator[tuple[str, bytes]]:
+    """Adapters of rank 1 at one site of one layer, each with bytes of its own."""
+    tensors = {
+        name: tensor
+        for name, tensor in adapter_tensors(trunk.config, 1, 0).items()
+        if name.startswith(TINY_SITE)
+    }
+    for index in indices:
+        fields = {"format": FORMAT, "lora_alpha": "2.0", "base_digest": trunk.digest}
+        yield name_of(index), adapter_bytes(tensors, fields | {"number": str(index)})
+
+
+def register(data: Path, trunk: Trunk, files: Iterable[tuple[str, bytes]]) -> Path:
+    """Fill the folder that `trunkline serve --data DATA` has for this trunk, and return it."""
+    folder = data_folder(load_settings({"data_dir": data}), trunk.backbone)
+    folder.mkdir(parents=True)
+    store, registry = BlobStore(folder / "blobs"), Registry(folder / "registry.sqlite")
+    with registry.writing() as connection:
+        for name, file in files:
+            adapter = parse_adapter(bytearray(file))
+            manifest = validate(adapter, trunk.config, trunk.digest, trunk.dtype)
+            path = store.path(adapter.digest)
+            path.write_bytes(file)
+            blob = Blob(adapter.digest, len(file), path.stat().st_mtime_ns)
+            record = Record(manifest, adapter.metadata, 1.0)
+            registry.add(connection, name, blob, record, "bench")
+    registry.close()
+    return folder
