@@ -1,15 +1,12 @@
 """trunkline train: a trunk from text, and adapter sets on a frozen trunk."""
 
-import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
-import torch
 
 from adapters.format import write_adapter
 from model.batches import Example
@@ -17,7 +14,6 @@ from model.checkpoint import (
     Backbone,
     backbone_tensors,
     read_backbone,
-    state_dict_of,
     write_backbone,
 )
 from model.config import GPTConfig
@@ -29,9 +25,16 @@ from model.objective import Objective
 from model.objectives import OBJECTIVES, Classify, labels_of
 from model.teacher import read_teacher
 from model.tokenizer import Tokenizer
-from model.train import CHECKPOINT_FILE, Settings, train
+from model.train import CHECKPOINT_FILE
 from model.vocabulary import SPECIAL_TOKENS, learn_vocabulary
-from server.cli.bar import training_bar
+from server.cli.training import (
+    load_weights,
+    prepare,
+    run_training,
+    sentences,
+    sha256,
+    training_options,
+)
 
 TEST_MASK_SHARE = (0.15, 0.15)  # of the masked-token measures, BERT's
 
@@ -42,30 +45,6 @@ def train_() -> None:
 
     The same command again goes on from the run folder's last checkpoint.
     """
-
-
-def _training_options(epochs: float, rate: float) -> Callable[[Any], Any]:
-    """The options that both commands have, with a command's own defaults."""
-    options = (
-        click.option("--epochs", default=epochs, help="May grow when a run goes on."),
-        click.option("--batch-tokens", default=4096, help="Tokens in a batch, with padding."),
-        click.option("--learning-rate", default=rate, help="At its peak."),
-        click.option("--seed", default=0),
-        click.option("--checkpoint-every", default=200, help="Steps."),
-        click.option("--critic-start", default=0.5, help="Share of training before its critic."),
-        click.option("--float32", is_flag=True, help="Don't use bfloat16."),
-        click.option("--threads", type=int, help="Of torch. [default: one a core]"),
-        click.option(
-            "--run", type=click.Path(path_type=Path), help="Run folder. [default: OUT.run]"
-        ),
-    )
-
-    def add(command: Any) -> Any:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return add
 
 
 @train_.command()
@@ -91,7 +70,7 @@ def _training_options(epochs: float, rate: float) -> Callable[[Any], Any]:
     help="Go on from this backbone's vocabulary and weights.",
 )
 @click.option("--teacher-weight", default=5.0, help="Of 1 - cosine to the teacher's vectors.")
-@_training_options(epochs=4.0, rate=1e-3)
+@training_options(epochs=4.0, rate=1e-3)
 def trunk(
     corpus: Path,
     out: Path,
@@ -111,15 +90,15 @@ def trunk(
     requests without an adapter meet it; with it, the LoRA becomes OUT/adapters/trunk.safetensors.
     """
     run = run or out.with_name(f"{out.name}.run")
-    with _sentences():
+    with sentences():
         rows = read_rows(corpus, Masked.fields)
         before = None if base is None else read_backbone(base)
         tokenizer = before.tokenizer if before else _tokenizer(run, rows, vocab_size)
         config = _trunk_config(tokenizer, options)
-        _prepare(options)
+        prepare(options)
         gpt = GPT(config)
         if before is not None:
-            _load_weights(gpt, before)
+            load_weights(gpt, before)
         vectors = None if teacher is None else read_teacher(teacher, len(rows), gpt, before is None)
         weight = 0.0 if vectors is None else teacher_weight
         objective = Masked(gpt, mask_shares, critic_start, weight)
@@ -130,12 +109,12 @@ def trunk(
         fitted, kept = examples[:-count], examples[-count:]
         if not fitted:
             raise DataError(corpus, None, "one row alone leaves nothing to hold out")
-        identity = {"data": _sha256(corpus), "config": config.to_dict(), "held_out": count}
+        identity = {"data": sha256(corpus), "config": config.to_dict(), "held_out": count}
         identity |= {"vocab_size": vocab_size, "critic_start": critic_start}
         identity |= {"mask_shares": mask_shares, "teacher_weight": weight}
-        identity |= {"teacher": None if teacher is None else _sha256(teacher)}
+        identity |= {"teacher": None if teacher is None else sha256(teacher)}
         identity |= {"base": None if before is None else before.digest}
-        _train(objective, fitted, options, run, identity)
+        run_training(objective, fitted, options, run, identity)
         _write_trunk(out, run, objective, kept, tokenizer)
 
 
@@ -207,7 +186,7 @@ def _write_trunk(
 @click.option("--dropout", default=0.05, help="Of LoRA.")
 @click.option("--description", help="Goes into the file.")
 @click.option("--license", help="Goes into the file.")
-@_training_options(epochs=3.0, rate=2e-3)
+@training_options(epochs=3.0, rate=2e-3)
 def adapter(
     base: Path,
     data: Path,
@@ -229,7 +208,7 @@ def adapter(
     names = fields.split(",") if fields else list(kind.fields)
     if len(names) != len(kind.fields):
         raise click.BadParameter(f"{objective} has the fields {', '.join(kind.fields)}")
-    with _sentences():
+    with sentences():
         backbone = read_backbone(base)
         rows, test_rows = read_rows(data, names), read_rows(test, names) if test else []
         task = _on_frozen_trunk(kind, backbone, rows, names, options)
@@ -238,13 +217,15 @@ def adapter(
             for part in (rows, test_rows)
         )
         identity = {
-            "data": _sha256(data),
+            "data": sha256(data),
             "config": task.gpt.config.to_dict(),
             "base": backbone.digest,
             "objective": objective,
             "fields": names,
         }
-        loss = _train(task, examples, options, run or out.with_name(f"{out.name}.run"), identity)
+        loss = run_training(
+            task, examples, options, run or out.with_name(f"{out.name}.run"), identity
+        )
         metrics = {"train_loss": round(loss, 4)}
         if held:
             metrics |= task.evaluate(held, options["batch_tokens"])
@@ -261,7 +242,7 @@ def _on_frozen_trunk(
     options: dict[str, Any],
 ) -> Objective:
     """The objective on the trunk with new LoRA: all frozen but LoRA, LayerNorms and its head."""
-    _prepare(options)
+    prepare(options)
     config = replace(
         backbone.config,
         use_lora_attn=True,
@@ -272,7 +253,7 @@ def _on_frozen_trunk(
         add_critic_head=backbone.config.add_critic_head or kind.trains_critic,
     )
     gpt = GPT(config)
-    _load_weights(gpt, backbone)
+    load_weights(gpt, backbone)
     critic_start = options.pop("critic_start")
     if kind is Classify:
         task: Objective = Classify(gpt, labels_of(rows, names[1]))
@@ -282,18 +263,6 @@ def _on_frozen_trunk(
         task = kind(gpt)
     gpt.freeze_base(heads=task.trains_critic)
     return task
-
-
-def _load_weights(gpt: GPT, backbone: Backbone) -> None:
-    """The backbone's weights into the model; LoRA and heads that it lacks stay as they are.
-
-    Raises ValueError for a model of another shape.
-    """
-    state = state_dict_of(backbone.config, backbone.tensors)
-    try:
-        gpt.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=False)
-    except RuntimeError as error:
-        raise ValueError(f"the base is of another shape: {error}") from error
 
 
 def _write_adapter(
@@ -320,44 +289,3 @@ def _write_adapter(
     )
     click.echo(f"adapter: {out}")
     click.echo(json.dumps(metrics))
-
-
-def _prepare(options: dict[str, Any]) -> None:
-    threads = options.pop("threads")
-    if threads is not None:
-        torch.set_num_threads(threads)
-    torch.manual_seed(options["seed"])
-
-
-def _train(
-    objective: Objective,
-    examples: Sequence[Example],
-    options: dict[str, Any],
-    run: Path,
-    identity: dict[str, Any],
-) -> float:
-    """Train with a bar, and return the loss at the end."""
-    settings = Settings(
-        epochs=options["epochs"],
-        batch_tokens=options["batch_tokens"],
-        learning_rate=options["learning_rate"],
-        seed=options["seed"],
-        checkpoint_every=options["checkpoint_every"],
-        bf16=not options["float32"],
-    )
-    with training_bar() as bar:
-        return train(objective, examples, settings, run, identity, bar.update)
-
-
-@contextmanager
-def _sentences() -> Iterator[None]:
-    """What is wrong with the data, the folders or the options ends the command as one sentence."""
-    try:
-        yield
-    except ValueError as error:  # DataError, RunError, BackboneError, a config no model can have
-        raise click.ClickException(str(error)) from error
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

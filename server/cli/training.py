@@ -1,0 +1,94 @@
+"""What both training commands share: their options, the loop under its bar, their sentences."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from model.batches import Example
+from model.checkpoint import Backbone, state_dict_of
+from model.gpt import GPT
+from model.objective import Objective
+from model.train import Settings, train
+from server.cli.bar import training_bar
+
+
+def training_options(epochs: float, rate: float) -> Callable[[Any], Any]:
+    """The options that both commands have, with a command's own defaults."""
+    options = (
+        click.option("--epochs", default=epochs, help="May grow when a run goes on."),
+        click.option("--batch-tokens", default=4096, help="Tokens in a batch, with padding."),
+        click.option("--learning-rate", default=rate, help="At its peak."),
+        click.option("--seed", default=0),
+        click.option("--checkpoint-every", default=200, help="Steps."),
+        click.option("--critic-start", default=0.5, help="Share of training before its critic."),
+        click.option("--float32", is_flag=True, help="Don't use bfloat16."),
+        click.option("--threads", type=int, help="Of torch. [default: one a core]"),
+        click.option(
+            "--run", type=click.Path(path_type=Path), help="Run folder. [default: OUT.run]"
+        ),
+    )
+
+    def add(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+def prepare(options: dict[str, Any]) -> None:
+    threads = options.pop("threads")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    torch.manual_seed(options["seed"])
+
+
+def run_training(
+    objective: Objective,
+    examples: Sequence[Example],
+    options: dict[str, Any],
+    run: Path,
+    identity: dict[str, Any],
+) -> float:
+    """Train with a bar, and return the loss at the end."""
+    settings = Settings(
+        epochs=options["epochs"],
+        batch_tokens=options["batch_tokens"],
+        learning_rate=options["learning_rate"],
+        seed=options["seed"],
+        checkpoint_every=options["checkpoint_every"],
+        bf16=not options["float32"],
+    )
+    with training_bar() as bar:
+        return train(objective, examples, settings, run, identity, bar.update)
+
+
+@contextmanager
+def sentences() -> Iterator[None]:
+    """What is wrong with the data, the folders or the options ends the command as one sentence."""
+    try:
+        yield
+    except ValueError as error:  # DataError, RunError, BackboneError, a config no model can have
+        raise click.ClickException(str(error)) from error
+
+
+def load_weights(gpt: GPT, backbone: Backbone) -> None:
+    """The backbone's weights into the model; LoRA and heads that it lacks stay as they are.
+
+    Raises ValueError for a model of another shape.
+    """
+    state = state_dict_of(backbone.config, backbone.tensors)
+    try:
+        gpt.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"the base is of another shape: {error}") from error
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
