@@ -23,6 +23,7 @@ LEVELS = {
     "server.routes": 4,
     "server.app": 5,
     "server.cli": 5,
+    "loadtest": 5,  # `trunkline bench` is the one command that imports of it
     "server.ray_deployment": 5,
 }
 LEAVES = ("server.settings", "server.metrics", "server.logs")
