@@ -143,7 +143,7 @@ class Encoder:
         }
         parts = list(self._parts(batch, lora))
         if len(parts) == 1 or self.threads == 1:
-            if torch.get_num_threads() != self.threads:  # a thread made after the workers has 1
+            if 1 < self.threads != torch.get_num_threads():  # a thread made after the workers has 1
                 torch.set_num_threads(self.threads)
             for part in parts:
                 self._through_all_layers(part, kept)
