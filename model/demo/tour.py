@@ -1,4 +1,9 @@
-"""A short tour of the demo, by a server of its own: python -m model.demo.tour"""
+"""A short tour of the five adapter sets, by a server of its own.
+
+    python -m model.demo.tour TRUNK --adapters FOLDER
+
+The arguments are those of `trunkline serve`: what model/demo/train.sh made.
+"""
 
 import json
 import os
@@ -17,6 +22,7 @@ from rich.text import Text
 
 SAMPLES = Path(__file__).with_name("samples.jsonl")
 START_SECONDS = 120
+SETS = {"supersense", "era", "verses", "translators", "scripture"}
 MARKED = 0.4  # wrongness from which a word is red; half of it: yellow
 WRONG_SENTENCE = (
     "The king sent his banana to the gate of the city, and they besieged it seven days."
@@ -63,11 +69,21 @@ def _is_ready(url: str) -> bool:
         return False
 
 
+def missing_sets(client: httpx.Client) -> list[str]:
+    """Which of the tour's adapter sets the server lacks."""
+    listed = client.get("/v1/models").raise_for_status().json()["data"]
+    return sorted(SETS - {model["id"] for model in listed})
+
+
 class Tour:
     """Each stop asks the server and prints what it answered."""
 
     def __init__(self, client: httpx.Client, console: Console, samples: Rows) -> None:
         self.client, self.console, self.samples = client, console, samples
+
+    def walk(self) -> None:
+        for stop in (self.verses, self.labels, self.critic, self.three_adapters, self.masks):
+            stop()
 
     def ask(self, path: str, inputs: Any, **body: Any) -> Rows:
         response = self.client.post(path, json=body | {"inputs": inputs})
@@ -172,11 +188,14 @@ def main() -> None:
     with SAMPLES.open(encoding="utf-8") as lines:
         samples = [json.loads(line) for line in lines]
     console = Console(highlight=False)
-    with console.status("starting the server"), server() as client:
-        tour = Tour(client, console, samples)
-        for stop in (tour.verses, tour.labels, tour.critic, tour.three_adapters, tour.masks):
-            stop()
-        console.print("\nEverything above came from a server of this tour, now ended: make serve")
+    with console.status("starting the server"), server(*sys.argv[1:]) as client:
+        lacking = missing_sets(client)
+        if lacking:
+            raise SystemExit(
+                f"this trunk has no adapter set {', '.join(lacking)}: see model/demo/README.md"
+            )
+        Tour(client, console, samples).walk()
+        console.print("\nEverything above came from a server of this tour, ended now")
 
 
 if __name__ == "__main__":

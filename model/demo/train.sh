@@ -37,14 +37,14 @@ step() {
       --critic-alpha 2 --critic-start 0.3 --epochs "${EPOCHS:-0.165}"
     ;;
   supersense) adapter $1 --objective classify --batch-tokens 2048 --epochs "${EPOCHS:-1.2}" ;;
-  era) adapter $1 --objective classify --epochs "${EPOCHS:-0.3}" ;;
+  era) adapter $1 --objective classify --epochs "${EPOCHS:-0.2}" ;;
   verses)
     adapter $1 --objective pairs --fields kjv,web --batch-tokens 8192 --epochs "${EPOCHS:-0.35}"
     ;;
   translators)
-    adapter $1 --objective tokens --fields kjv,added --batch-tokens 2048 --epochs "${EPOCHS:-0.6}"
+    adapter $1 --objective tokens --fields kjv,added --batch-tokens 2048 --epochs "${EPOCHS:-0.35}"
     ;;
-  scripture) adapter $1 --objective masked --critic-start 1 --epochs "${EPOCHS:-0.3}" ;;
+  scripture) adapter $1 --objective masked --critic-start 1 --epochs "${EPOCHS:-0.15}" ;;
   *) echo "no step $1" >&2 && exit 2 ;;
   esac
 }

@@ -1,22 +1,25 @@
 """The whole chain on a tiny trunk: train, push, serve, evaluate; and the tour's server."""
 
+import io
 import json
 import random
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from cli_shell import Shell
 from click.testing import CliRunner, Result
-from conftest import Serve
+from conftest import Serve, Served
+from rich.console import Console
 from safetensors.torch import save_file
 
 from model.checkpoint import read_backbone
 from model.demo import tasks
-from model.demo.evaluate import main as evaluate
+from model.demo.tour import SAMPLES, Tour, missing_sets
 from server.cli import main
 
-SHAPE = ["--n-layer=2", "--n-head=2", "--n-embd=32", "--block-size=64", "--vocab-size=330"]
+SHAPE = ["--n-layer=2", "--n-head=2", "--n-embd=32", "--block-size=512", "--vocab-size=330"]
 QUICK = ["--threads=1", "--batch-tokens=512", "--learning-rate=1e-2"]
 ANIMALS, TOOLS = ("cat", "dog", "hen", "cow", "pig"), ("saw", "axe", "pen", "jug", "mop")
 OBJECTIVES = {
@@ -143,7 +146,9 @@ def test_teacher_of_another_corpus_is_one_sentence(
 def test_chain_trains_pushes_serves_and_evaluates(
     trunk: Path, data: Path, serve: Serve, tmp_path: Path
 ) -> None:
-    pytest.importorskip("sklearn", reason="the baselines need the extra `demo`")
+    reason = "the baselines need the extra `demo`"
+    pytest.importorskip("sklearn", reason=reason)
+    evaluate = pytest.importorskip("model.demo.evaluate", reason=reason).main
     server = serve(trunk)
     for task, options in OBJECTIVES.items():
         out = tmp_path / f"{task}.safetensors"
@@ -169,6 +174,25 @@ def test_chain_trains_pushes_serves_and_evaluates(
     assert all(f["low"] <= f["value"] <= f["high"] for f in figures if f["task"] != "critic")
     table = (tmp_path / "evaluation.md").read_text("utf-8").splitlines()
     assert len(table) == len(figures) + 2
+    with server.client() as client:
+        assert missing_sets(client) == []
+        shown = toured(client)
+    assert "truly added" in shown
+    assert all(f"{adapter} " in shown for adapter in ("verses", "base", "scripture", "supersense"))
+    assert shown.count("✓") + shown.count("✗") == 2 * 2 + 8 + 4  # verses, definitions, passages
+
+
+def toured(client: httpx.Client) -> str:
+    """What the tour prints, of the rows that are shipped for it."""
+    samples = [json.loads(line) for line in SAMPLES.read_text("utf-8").splitlines()]
+    console = Console(record=True, width=200, file=io.StringIO())
+    Tour(client, console, samples).walk()
+    return console.export_text()
+
+
+def test_tour_of_a_trunk_without_the_sets_is_one_sentence(kit_server: Served) -> None:
+    with kit_server.client() as client:
+        assert missing_sets(client) == ["era", "scripture", "supersense", "translators", "verses"]
 
 
 def test_names_go_from_both_sides() -> None:
