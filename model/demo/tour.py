@@ -7,6 +7,7 @@ The arguments are those of `trunkline serve`: what model/demo/train.sh made.
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -169,16 +170,17 @@ def _verdict(answer: str, truth: str) -> Text:
 
 
 def _marked(text: str, tokens: Rows) -> Text:
-    """The text with its suspicious tokens in colour and in brackets."""
+    """The text with its suspicious words in colour, the worst in brackets.
+
+    A word is as suspicious as its most suspicious token.
+    """
     marked, end = Text(), 0
-    for token in tokens:
-        start, stop, wrong = token["start"], token["end"], token["wrongness"]
+    for word in re.finditer(r"\w+", text):
+        start, stop = word.span()
+        wrong = max(t["wrongness"] for t in tokens if t["start"] < stop and start < t["end"])
         marked.append(text[end:start])
-        piece = text[start:stop]
-        bare = piece.lstrip()
-        marked.append(piece[: len(piece) - len(bare)])
         style = "bold red" if wrong >= MARKED else "yellow" if wrong >= MARKED / 2 else ""
-        marked.append(f"[{bare}]" if wrong >= MARKED else bare, style)
+        marked.append(f"[{word[0]}]" if wrong >= MARKED else word[0], style)
         end = stop
     marked.append(text[end:])
     return marked
