@@ -17,7 +17,7 @@ import uvloop
 from loadtest.bench.process import Running
 
 T = TypeVar("T")
-RAMP_S = 0.3  # of a load, not counted
+RAMP_S = 0.2  # of a load, not counted
 BUFFER_BYTES = 1 << 22
 
 
@@ -136,7 +136,7 @@ async def saturate(
 ) -> float:
     """Tokens answered a second by a closed loop. Raises Refused where an answer is not 200."""
     turns = itertools.cycle(questions)
-    counter = Counter(window_s, 2 * connections)
+    counter = Counter(window_s, connections)
 
     async def keep_asking() -> None:
         connection = await Connection.open(server)

@@ -59,7 +59,7 @@ def measure(plan: Plan, trunk: Trunk, report: Report) -> None:
             raise Mismatch("sentence-transformers gave another number of rows")
         times = in_turn(
             {"own": partial(trunk.embed, rows), "theirs": partial(peer.embed, rows)},
-            sizes.rounds,
+            sizes.slow_rounds,
             sizes.round_s,
         )
         theirs = peer.config

@@ -181,7 +181,7 @@ def _measure_peft(
         reference = expected(trunk, rows, sizes.checked_rows)
         check(f"trunkline, {name}", trunk.run_rows(rows), reference, plan.dtype)
         check(f"PEFT, {name}", peer.run(rows), reference, plan.dtype)
-        check(f"PEFT sorted, {name}", peer.run_sorted(rows), reference, plan.dtype)
+    check("PEFT sorted", peer.run_sorted(mixed), reference, plan.dtype)
     times = in_turn(
         {
             "uniform": lambda: trunk.run(uniform),
@@ -190,7 +190,7 @@ def _measure_peft(
             "PEFT mixed": lambda: peer.run(mixed),
             "PEFT sorted": lambda: peer.run_sorted(mixed),
         },
-        sizes.rounds,
+        sizes.slow_rounds,
         2 * sizes.round_s,
     )
     what = f"PEFT's mixed batch, {len(adapters)} adapters"
@@ -234,7 +234,7 @@ def _measure_one_at_a_time(
             "merged": lambda: merged.run(mixed),
             "own": lambda: run_one_at_a_time(trunk, mixed),
         },
-        sizes.rounds,
+        sizes.slow_rounds,
         2 * sizes.round_s,
     )
     for key, name, what in (

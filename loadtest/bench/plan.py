@@ -43,7 +43,8 @@ class Sizes:
     """How much of everything; the defaults are those of a full run."""
 
     rounds: int = 7  # pairs of every ratio
-    starts: int = 7  # pairs of ratios that need a server of their own on both sides
+    slow_rounds: int = 7  # of those through a server, and of the peers
+    starts: int = 7  # of those that need a server of its own on each side
     round_s: float = 0.4  # of both sides together, in process
     window_s: float = 2.0  # of a load through HTTP or the engine
     swap_window_s: float = 5.0
@@ -61,10 +62,11 @@ class Sizes:
 
 QUICK = Sizes(
     rounds=3,
+    slow_rounds=2,
     starts=1,
     round_s=0.15,
-    window_s=0.8,
-    swap_window_s=1.5,
+    window_s=0.5,
+    swap_window_s=1.0,
     checked_rows=8,
     lone_requests=30,
     puts=5,

@@ -1,7 +1,7 @@
 """A trunk and its adapters on the disk, as `trunkline serve` takes them.
 
-The files and rows in the data folder are those that uploads leave; only the probe and the fsyncs
-of each upload are left out, so that ten thousand take seconds.
+The files and rows in the data folder are those that uploads leave. Probes and fsyncs are left out,
+and of files with the same tensors the first alone is checked, so that ten thousand take seconds.
 """
 
 from collections.abc import Iterable, Iterator
@@ -10,13 +10,14 @@ from pathlib import Path
 from adapters.format import FORMAT, adapter_bytes, parse_adapter
 from adapters.registry import Registry
 from adapters.store import Blob, BlobStore
-from adapters.validate import validate
+from adapters.validate import Manifest, validate
 from adapters.versions import Record
-from loadtest.bench.trunk import Trunk, adapter_file, adapter_tensors
+from loadtest.bench.trunk import Trunk, adapter_tensors
 from model.checkpoint import write_backbone
 from server.app import data_folder
 from server.settings import load_settings
 
+SETS = 64  # of different weights
 TINY_SITE = "transformer.h.0.attn.lora_qkv."
 
 
@@ -33,9 +34,15 @@ def name_of(index: int) -> str:
 
 
 def full_files(trunk: Trunk, count: int, rank: int) -> Iterator[tuple[str, bytes]]:
-    """Names and files of adapters that change every site: those of trunk.adapters."""
+    """Names and files of adapters that change every site: those of trunk.adapters.
+
+    Beyond SETS the weights come again, in files with bytes, and so a slot, of their own.
+    """
+    sets = [trunk.adapter_set(rank, index) for index in range(min(count, SETS))]
     for index in range(count):
-        yield name_of(index), adapter_file(trunk.config, trunk.digest, rank, index)
+        adapter = sets[index % SETS]
+        own = {"number": str(index)} if index >= SETS else {}
+        yield name_of(index), adapter_bytes(adapter.tensors, dict(adapter.metadata) | own)
 
 
 def tiny_files(trunk: Trunk, indices: Iterable[int]) -> Iterator[tuple[str, bytes]]:
@@ -55,14 +62,17 @@ def register(data: Path, trunk: Trunk, files: Iterable[tuple[str, bytes]]) -> Pa
     folder = data_folder(load_settings({"data_dir": data}), trunk.backbone)
     folder.mkdir(parents=True)
     store, registry = BlobStore(folder / "blobs"), Registry(folder / "registry.sqlite")
+    manifests: dict[frozenset[str], Manifest] = {}  # files of the same tensors change the same
     with registry.writing() as connection:
         for name, file in files:
             adapter = parse_adapter(bytearray(file))
-            manifest = validate(adapter, trunk.config, trunk.digest, trunk.dtype)
+            names = frozenset(adapter.tensors)
+            if names not in manifests:
+                manifests[names] = validate(adapter, trunk.config, trunk.digest, trunk.dtype)
             path = store.path(adapter.digest)
             path.write_bytes(file)
             blob = Blob(adapter.digest, len(file), path.stat().st_mtime_ns)
-            record = Record(manifest, adapter.metadata, 1.0)
+            record = Record(manifests[names], adapter.metadata, 1.0)
             registry.add(connection, name, blob, record, "bench")
     registry.close()
     return folder

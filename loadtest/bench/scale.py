@@ -30,11 +30,12 @@ from loadtest.bench.oracle import COSINE, Mismatch, expected
 from loadtest.bench.pairs import quotients, seconds
 from loadtest.bench.plan import Plan
 from loadtest.bench.process import Running, trunkline
-from loadtest.bench.registered import full_files, name_of, register, tiny_files, write_trunk
+from loadtest.bench.registered import SETS, full_files, name_of, register, tiny_files, write_trunk
 from loadtest.bench.report import Report
 from loadtest.bench.served import OCTETS, server_arguments
-from loadtest.bench.trunk import Rows, Trunk, mixed_lengths
+from loadtest.bench.trunk import Adapter, Rows, Trunk, mixed_lengths
 from loadtest.workload import Popularity
+from model.lora import AdapterWeights
 from server.engine.admission import Row
 from server.engine.engine import Engine
 from server.engine.forward import Forward
@@ -76,7 +77,11 @@ def _measure_servers(plan: Plan, trunk: Trunk, report: Report, data: dict[int, P
                 if count == FEW:
                     over_file.append(_bytes_over_file(server))
     report.ratio(
-        "scale", "resident bytes / bytes of the file", "bytes_over_file", over_file, plan.dtype_name
+        "scale",
+        "resident bytes / bytes of the file",
+        "bytes_over_file",
+        over_file,
+        str(trunk.dtype),
     )
     for count in data:
         if count == FEW:
@@ -186,7 +191,7 @@ async def _measure_zipf(plan: Plan, trunk: Trunk, report: Report) -> None:
     rates: dict[str, list[float]] = {name: [] for name in mixes}
     await _check(plan, trunk, engine, rows, sizes.zipf)
     before = library.slots.stats().loads
-    for _ in range(sizes.rounds):
+    for _ in range(sizes.slow_rounds):
         for name, names in mixes.items():
             rates[name].append(await _flow(engine, rows, names, sizes.window_s))
     loads = library.slots.stats().loads - before
@@ -233,8 +238,7 @@ async def _check(
     """Some rows under adapters that are not resident yet, against the oracle."""
     for index in random.Random(7).sample(range(count), min(4, count)):
         ids = next(rows)
-        rank = plan.shape.ranks[0]
-        adapter = trunk.adapters(index + 1, rank)[index]
+        adapter = Adapter(trunk.adapter_set(plan.shape.ranks[0], index % SETS), AdapterWeights())
         reference = expected(trunk, Rows([ids], [adapter]), 1)[0].mean(0)
         found = await _ask(engine, ids, name_of(index))
         if not float(torch.cosine_similarity(torch.from_numpy(found), reference, dim=0)) >= COSINE:

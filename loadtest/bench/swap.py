@@ -144,7 +144,7 @@ def _measure_steady(
     p99: dict[str, list[float]] = {"without": [], "with": []}
     errors = []
     swaps = 0
-    for measured in range(sizes.rounds + 1):
+    for measured in range(sizes.slow_rounds + 1):
         uploads = traffic.uploads(round(sizes.swap_window_s * sizes.swaps_per_s))
         for kind, some in (("without", []), ("with", uploads)):
             window = _window(server, traffic, rate, sizes.swap_window_s, some, seed=measured)

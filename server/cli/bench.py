@@ -56,7 +56,7 @@ def bench(
     """
     sizes = QUICK if quick else Sizes()
     if rounds is not None:
-        sizes = replace(sizes, rounds=rounds)
+        sizes = replace(sizes, rounds=rounds, slow_rounds=rounds, starts=rounds)
     out = console()
     out.print(machine())
     out.print(", ".join(f"{name} {number}" for name, number in versions().items()))

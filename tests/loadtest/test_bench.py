@@ -19,6 +19,7 @@ from server.cli.bench import bench
 TINY = Shape(n_embd=32, n_layer=2, n_head=2, ranks=(8, 32))
 SIZES = Sizes(
     rounds=1,
+    slow_rounds=1,
     starts=1,
     round_s=0.001,
     window_s=0.05,
