@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from loadtest.bench.limit import attention_flops, linear_flops
+from loadtest.bench.gemm import attention_flops, linear_flops
 from loadtest.bench.oracle import check_trunk
 from loadtest.bench.pairs import in_turn, quotients, speedups
 from loadtest.bench.plan import Plan
