@@ -143,13 +143,22 @@ class Encoder:
         }
         parts = list(self._parts(batch, lora))
         if len(parts) == 1 or self.threads == 1:
-            if 1 < self.threads != torch.get_num_threads():  # a thread made after the workers has 1
-                torch.set_num_threads(self.threads)
+            if self.device.type == "cpu":
+                self._share_operators(batch.ids.shape[0])
             for part in parts:
                 self._through_all_layers(part, kept)
         else:
             list(self._workers.map(self._through_all_layers, parts, repeat(kept)))
         return kept
+
+    def _share_operators(self, tokens: int) -> None:
+        """Few tokens stay on one thread: a second gains a fifth, and on a busy machine costs a lot.
+
+        Both wait for each other at every operator, and one of them is often not scheduled.
+        """
+        threads = self.threads if tokens >= LEAST_PART_TOKENS else 1
+        if threads != torch.get_num_threads():
+            torch.set_num_threads(threads)
 
     def _parts(self, batch: PackedBatch, lora: LoraBatch) -> Iterator[Part]:
         """On a CPU parts that fit the cache, one a thread at least; on a GPU the whole batch.
