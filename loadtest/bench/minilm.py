@@ -44,6 +44,10 @@ class SentencePeer:
         return torch.cat(parts)
 
 
+def embed_rows(trunk: Trunk, rows: Rows) -> Tensor:
+    return trunk.device_thread.submit(trunk.embed, rows).result()
+
+
 def measure(plan: Plan, trunk: Trunk, report: Report) -> None:
     if importlib.util.find_spec("sentence_transformers") is None:
         report.left_out("peers, MiniLM", "the package sentence-transformers is not installed")
@@ -55,10 +59,10 @@ def measure(plan: Plan, trunk: Trunk, report: Report) -> None:
         ("mixed", mixed_lengths(count * sizes.uniform)),
     ):
         rows = trunk.rows(lengths)
-        if len(peer.embed(rows)) != len(trunk.embed(rows)):
+        if len(peer.embed(rows)) != len(embed_rows(trunk, rows)):
             raise Mismatch("sentence-transformers gave another number of rows")
         times = in_turn(
-            {"own": partial(trunk.embed, rows), "theirs": partial(peer.embed, rows)},
+            {"own": partial(embed_rows, trunk, rows), "theirs": partial(peer.embed, rows)},
             sizes.slow_rounds,
             sizes.round_s,
         )

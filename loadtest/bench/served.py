@@ -204,7 +204,8 @@ def _measure_saturation(
             rates[name].append(load(name, sizes.window_s))
             client_s += _own_cpu() - before[0]
             server_s += cpu_seconds(server.pid) - before[1]
-        in_process.append(forward_rate(trunk, batches, sizes.window_s))
+        rate = trunk.device_thread.submit(forward_rate, trunk, batches, sizes.window_s)
+        in_process.append(rate.result())
     share = client_s / (client_s + server_s)
     note = f"{BULK_ROWS} rows a request, batches of {tokens:,.0f} tokens"
     for form in FORMS:
@@ -223,7 +224,7 @@ def _measure_saturation(
 
 
 def forward_rate(trunk: Trunk, batches: Sequence[Rows], window_s: float) -> float:
-    """Tokens a second of forward and pooling, in this process."""
+    """Tokens a second of forward and pooling, on the device thread."""
     tokens, turn = 0, 0
     trunk.embed(batches[0])
     began = time.perf_counter()
@@ -248,7 +249,7 @@ def _measure_lone(plan: Plan, trunk: Trunk, report: Report, server: Running) -> 
     bare: list[float] = []
     for measured in range(plan.sizes.slow_rounds + 1):
         seconds = on_loop(lone_latency(server, question, count))
-        forwards = _times(lambda: trunk.embed(rows), count)
+        forwards = trunk.device_thread.submit(_times, lambda: trunk.embed(rows), count).result()
         if measured:  # the first is a warm-up
             through_http.append(statistics.median(seconds))
             bare.append(statistics.median(forwards))

@@ -2,18 +2,13 @@
 
 from functools import partial
 
-import torch
-
 from loadtest.bench.gemm import attention_flops, linear_flops
 from loadtest.bench.oracle import check_trunk
 from loadtest.bench.pairs import in_turn, quotients, speedups
 from loadtest.bench.plan import Plan
 from loadtest.bench.report import Report
-from loadtest.bench.trunk import Rows, Trunk
+from loadtest.bench.trunk import Trunk
 from model.config import LORA_SITES, GPTConfig
-from model.encoder import FINAL
-from model.lora import LoraBatch
-from model.packed import PackedBatch
 
 USUAL, WIDE = 8, 32  # ranks
 
@@ -43,7 +38,7 @@ def measure(plan: Plan, trunk: Trunk, report: Report) -> None:
 
     times = in_turn(
         {name: partial(trunk.run, rows) for name, rows in batches.items()}
-        | {"without": lambda: _run_without_lora(trunk, batches["base"])},
+        | {"without": lambda: trunk.run_without_lora(batches["base"])},
         sizes.rounds,
         sizes.round_s * len(batches) / 2,
     )
@@ -62,8 +57,3 @@ def measure(plan: Plan, trunk: Trunk, report: Report) -> None:
         "also.base_rows_over_without",
         quotients(times["without"], times["base"]),
     )
-
-
-def _run_without_lora(trunk: Trunk, rows: Rows) -> None:
-    packed = PackedBatch(torch.cat(rows.ids), rows.lengths)
-    _ = trunk.encoder.forward(packed, LoraBatch([]))[FINAL]

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -94,6 +95,9 @@ class Trunk:
         self.backbone = Backbone("bench", config, tensors, tokenizer, None, digest)
         self.encoder = Encoder(config, tensors, dtype)
         self._adapters: dict[tuple[int, int], Adapter] = {}
+        # As the server's engine has one: what runs on the main thread wakes torch's own workers,
+        # and they spin on the cores for a while.
+        self.device_thread = ThreadPoolExecutor(1, "device")
 
     def adapters(self, count: int, rank: int) -> list[Adapter]:
         """The first `count` adapters of a rank, resident in slots as they are when served."""
@@ -141,19 +145,26 @@ class Trunk:
 
     def run(self, rows: Rows) -> Tensor:
         """The states after ln_f, (N, C): planning the batch and the forward, as for each batch."""
-        return self._states(rows)[1]
+        return self.device_thread.submit(self._states, rows).result()[1]
 
     def run_rows(self, rows: Rows) -> list[Tensor]:
         """The same as one tensor a row, (T, C)."""
         return list(torch.split(self.run(rows), rows.lengths))
 
+    def run_without_lora(self, rows: Rows) -> Tensor:
+        """The same with no row's adapter looked at."""
+        return self.device_thread.submit(self._states, rows, LoraBatch([])).result()[1]
+
+    @torch.inference_mode()
     def embed(self, rows: Rows) -> Tensor:
-        """The pooled rows too, (B, C) float32: what the device thread does for an embedding."""
+        """The pooled rows, (B, C) float32; to be called on the device thread."""
         packed, states = self._states(rows)
         return pool(states, packed, range(len(rows.ids)), "mean")
 
-    def _states(self, rows: Rows) -> tuple[PackedBatch, Tensor]:
+    @torch.inference_mode()
+    def _states(self, rows: Rows, lora: LoraBatch | None = None) -> tuple[PackedBatch, Tensor]:
         packed = PackedBatch(torch.cat(rows.ids), rows.lengths)
-        weights = [adapter.weights if adapter else None for adapter in rows.adapters]
-        lora = LoraBatch.of_rows(packed.lengths, weights)
+        if lora is None:
+            weights = [adapter.weights if adapter else None for adapter in rows.adapters]
+            lora = LoraBatch.of_rows(packed.lengths, weights)
         return packed, self.encoder.forward(packed, lora)[FINAL]
