@@ -94,14 +94,15 @@ def both_loops(url: str, flags: Sequence[str], report: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
+        prog="python -m loadtest",
         description=__doc__,
         epilog=flags_text(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--host", help="the server; without it one is started")
     parser.add_argument("--backbone", help="folder of the trunk that is served; default: the demo")
-    parser.add_argument("--both-loops", action="store_true")
-    parser.add_argument("--report", type=Path, default=Path("load-report.html"))
+    parser.add_argument("--both-loops", action="store_true", help="closed, then open")
+    parser.add_argument("--report", type=Path, default=Path("load-report.html"), help="page")
     options, flags = parser.parse_known_args()
 
     def load(url: str) -> int:
