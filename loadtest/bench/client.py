@@ -4,7 +4,6 @@ It shares the cores with the server, so it parses no body while the clock runs.
 """
 
 import asyncio
-import itertools
 import json
 import random
 import time
@@ -17,7 +16,6 @@ import uvloop
 from loadtest.bench.process import Running
 
 T = TypeVar("T")
-RAMP_S = 0.2  # of a load, not counted
 BUFFER_BYTES = 1 << 22
 
 
@@ -102,56 +100,36 @@ async def ask_one(server: Running, request: bytes) -> Answer:
         connection.close()
 
 
-class Counter:
-    """What was answered a second, from an answer after the ramp to the last one within the window.
+def repeated(questions: Sequence[Question], tokens_per_s: float, window_s: float) -> list[Question]:
+    """All of them again and again, for about `window_s` at this rate; once at least."""
+    total = sum(question.tokens for question in questions)
+    return list(questions) * max(1, round(window_s * tokens_per_s / total))
 
-    A window goes on until enough was answered, however slow the server is.
+
+async def saturate(server: Running, questions: Sequence[Question], connections: int) -> float:
+    """Tokens answered a second: every question once, in a closed loop, to the last answer.
+
+    A window of time would not do: the engine is fair, so requests that came together are answered
+    together, and a window's end cuts off a whole wave of them. Raises Refused where an answer is
+    not 200.
     """
+    left = iter(questions)
 
-    def __init__(self, window_s: float, least: int) -> None:
-        self.window_s, self.least = window_s, least
-        self._ramp_ends = time.perf_counter() + RAMP_S
-        self._first = self._last = 0.0
-        self._answers = self._tokens = 0
-
-    @property
-    def open(self) -> bool:
-        spent = time.perf_counter() - self._ramp_ends
-        return spent < self.window_s or self._answers < self.least
-
-    def add(self, tokens: int) -> None:
-        now = time.perf_counter()
-        if not self._first and now >= self._ramp_ends:
-            self._first = now
-        elif self._first and self.open:
-            self._last, self._answers, self._tokens = now, self._answers + 1, self._tokens + tokens
-
-    @property
-    def rate(self) -> float:
-        return self._tokens / (self._last - self._first)
-
-
-async def saturate(
-    server: Running, questions: Sequence[Question], connections: int, window_s: float
-) -> float:
-    """Tokens answered a second by a closed loop. Raises Refused where an answer is not 200."""
-    turns = itertools.cycle(questions)
-    counter = Counter(window_s, connections)
-
-    async def keep_asking() -> None:
-        connection = await Connection.open(server)
-        while counter.open:
-            question = next(turns)
+    async def keep_asking(connection: Connection) -> None:
+        for question in left:
             answer = await connection.ask(question.request)
             if answer.status != 200:
                 raise Refused(f"{answer.status} {answer.body[:300]!r}")
-            counter.add(question.tokens)
-        connection.close()
 
+    opened = [await Connection.open(server) for _ in range(connections)]
+    began = time.perf_counter()
     async with asyncio.TaskGroup() as tasks:
-        for _ in range(connections):
-            tasks.create_task(keep_asking())
-    return counter.rate
+        for connection in opened:
+            tasks.create_task(keep_asking(connection))
+    spent = time.perf_counter() - began
+    for connection in opened:
+        connection.close()
+    return sum(question.tokens for question in questions) / spent
 
 
 async def lone_latency(server: Running, question: Question, count: int) -> list[float]:

@@ -10,8 +10,9 @@ import copy
 import dataclasses
 import importlib
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -177,70 +178,54 @@ def _measure_peft(
 ) -> None:
     sizes = plan.sizes
     peer = PeftPeer.of(trunk, adapters)
+    actions: dict[str, Callable[[], list[Tensor]]] = {}
     for name, rows in (("uniform", uniform), ("mixed", mixed)):
+        actions[f"trunkline {name}"] = partial(trunk.run_rows, rows)
+        actions[f"PEFT {name}"] = partial(peer.run, rows)
         reference = expected(trunk, rows, sizes.checked_rows)
-        check(f"trunkline, {name}", trunk.run_rows(rows), reference, plan.dtype)
-        check(f"PEFT, {name}", peer.run(rows), reference, plan.dtype)
-    check("PEFT sorted", peer.run_sorted(mixed), reference, plan.dtype)
-    times = in_turn(
-        {
-            "uniform": lambda: trunk.run(uniform),
-            "PEFT uniform": lambda: peer.run(uniform),
-            "mixed": lambda: trunk.run(mixed),
-            "PEFT mixed": lambda: peer.run(mixed),
-            "PEFT sorted": lambda: peer.run_sorted(mixed),
-        },
-        sizes.slow_rounds,
-        2 * sizes.round_s,
-    )
+        for who in ("trunkline", "PEFT"):
+            check(f"{who}, {name}", actions[f"{who} {name}"](), reference, plan.dtype)
+    if sizes.further:
+        actions["PEFT sorted"] = partial(peer.run_sorted, mixed)
+        check("PEFT sorted", peer.run_sorted(mixed), reference, plan.dtype)
+    times = in_turn(actions, sizes.slow_rounds, 2 * sizes.round_s)
     what = f"PEFT's mixed batch, {len(adapters)} adapters"
-    padding = f"{len(mixed.ids)} rows padded to {max(mixed.lengths)}"
-    report.ratio(
-        "peers",
-        f"{what}, uniform",
-        "over_peft.uniform",
-        speedups(times, "uniform", "PEFT uniform"),
-    )
-    report.ratio(
-        "peers",
-        f"{what}, mixed lengths",
-        "over_peft.mixed",
-        speedups(times, "mixed", "PEFT mixed"),
-        padding,
-    )
-    report.ratio(
-        "peers",
-        f"{what}, mixed lengths, sorted",
-        "also.over_peft_sorted",
-        speedups(times, "mixed", "PEFT sorted"),
-        f"rows of like lengths in batches of {SORTED_ROWS}",
-    )
+    for name, note in (
+        ("uniform", ""),
+        ("mixed", f"{len(mixed.ids)} rows padded to {max(mixed.lengths)}"),
+    ):
+        values = speedups(times, f"trunkline {name}", f"PEFT {name}")
+        report.ratio("peers", f"{what}, {name} lengths", f"over_peft.{name}", values, note)
+    if sizes.further:
+        report.ratio(
+            "peers",
+            f"{what}, mixed lengths, sorted",
+            "also.over_peft_sorted",
+            speedups(times, "trunkline mixed", "PEFT sorted"),
+            f"rows of like lengths in batches of {SORTED_ROWS}",
+        )
 
 
 def _measure_one_at_a_time(
     plan: Plan, trunk: Trunk, report: Report, adapters: Sequence[Adapter], mixed: Rows
 ) -> None:
     sizes = plan.sizes
-    one, merged = OneAtATime(trunk, adapters), Merged(trunk)
+    actions: dict[str, Callable[[], list[Tensor]]] = {
+        "mixed batch": partial(trunk.run_rows, mixed),
+        "one adapter at a time": partial(OneAtATime(trunk, adapters).run, mixed),
+    }
+    keys = {"one adapter at a time": "over_one_at_a_time"}
+    if sizes.further:
+        actions["merge, then forward"] = partial(Merged(trunk).run, mixed)
+        actions["one at a time by trunkline's own encoder"] = partial(
+            run_one_at_a_time, trunk, mixed
+        )
+        keys["merge, then forward"] = "also.over_merge_then_forward"
+        keys["one at a time by trunkline's own encoder"] = "also.over_one_at_a_time_encoder"
     reference = expected(trunk, mixed, sizes.checked_rows)
-    check("trunkline", trunk.run_rows(mixed), reference, plan.dtype)
-    check("one at a time", one.run(mixed), reference, plan.dtype)
-    check("merged", merged.run(mixed), reference, plan.dtype)
-    check("own encoder", run_one_at_a_time(trunk, mixed), reference, plan.dtype)
-    times = in_turn(
-        {
-            "mixed": lambda: trunk.run(mixed),
-            "one": lambda: one.run(mixed),
-            "merged": lambda: merged.run(mixed),
-            "own": lambda: run_one_at_a_time(trunk, mixed),
-        },
-        sizes.slow_rounds,
-        2 * sizes.round_s,
-    )
-    for key, name, what in (
-        ("over_one_at_a_time", "one", "one adapter at a time"),
-        ("also.over_merge_then_forward", "merged", "merge, then forward"),
-        ("also.over_one_at_a_time_encoder", "own", "one at a time by trunkline's own encoder"),
-    ):
-        note = f"{len(adapters)} adapters, mixed lengths"
-        report.ratio("peers", what, key, speedups(times, "mixed", name), note)
+    for name, action in actions.items():
+        check(name, action(), reference, plan.dtype)
+    times = in_turn(actions, sizes.slow_rounds, 2 * sizes.round_s)
+    note = f"{len(adapters)} adapters, mixed lengths"
+    for name, key in keys.items():
+        report.ratio("peers", name, key, speedups(times, "mixed batch", name), note)

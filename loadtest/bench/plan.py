@@ -57,6 +57,7 @@ class Sizes:
     swaps_per_s: float = 10.0
     registered: tuple[int, ...] = (1, 10, 100, 1000, 10_000)
     zipf: int = 1000  # adapters
+    further: bool = True  # what is measured beside the ratios that every run has
     slots: int = 64
 
 
@@ -66,11 +67,12 @@ QUICK = Sizes(
     starts=1,
     round_s=0.15,
     window_s=0.5,
-    swap_window_s=1.0,
-    checked_rows=8,
+    swap_window_s=0.8,
+    checked_rows=6,
     lone_requests=30,
     puts=5,
     registered=(10, 10_000),
+    further=False,
 )
 
 

@@ -25,7 +25,7 @@ import torch
 from adapters.library import Library
 from adapters.slots import SlotPool
 from adapters.weights import placed_bytes
-from loadtest.bench.client import Counter, on_loop, post, saturate
+from loadtest.bench.client import on_loop, post, repeated, saturate
 from loadtest.bench.oracle import COSINE, Mismatch, expected
 from loadtest.bench.pairs import quotients, seconds
 from loadtest.bench.plan import Plan
@@ -59,7 +59,8 @@ def measure(plan: Plan, trunk: Trunk, report: Report) -> None:
         tiny = tiny_files(trunk, range(FULL_SIZE, count))
         folders[count] = register(root, trunk, itertools.chain(full, tiny))
     _measure_servers(plan, trunk, report, data)
-    _measure_registry(plan, trunk, report, folders)
+    if plan.sizes.further:
+        _measure_registry(plan, trunk, report, folders)
     on_loop(_measure_zipf(plan, trunk, report))
 
 
@@ -114,7 +115,9 @@ def _throughput(plan: Plan, trunk: Trunk, server: Running, adapters: int) -> flo
         rows = [torch.randint(trunk.config.vocab_size, (n,), generator=generator) for n in taken]
         body = {"adapter": name_of(index % adapters), "inputs": [row.tolist() for row in rows]}
         questions.append(post("/encode", body, OCTETS, sum(taken)))
-    return on_loop(saturate(server, questions, CONNECTIONS, plan.sizes.window_s))
+    first = on_loop(saturate(server, questions, CONNECTIONS))  # adapters are loaded with it
+    questions = repeated(questions, first, plan.sizes.window_s)
+    return on_loop(saturate(server, questions, CONNECTIONS))
 
 
 def _bytes_over_file(server: Running) -> float:
@@ -178,13 +181,32 @@ def _measure_registry(plan: Plan, trunk: Trunk, report: Report, folders: dict[in
         )
 
 
+class Batches(Metrics):
+    """The engine's metrics, which also note when each batch was done."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times: list[tuple[float, int]] = []
+
+    def batch(self, tokens: int, rows: int, seconds: float) -> None:
+        super().batch(tokens, rows, seconds)
+        self.times.append((time.perf_counter(), tokens))
+
+    def rate(self, ends: float) -> float:
+        """Tokens a second from the end of the first batch to the first end after `ends`."""
+        counted = [(at, tokens) for at, tokens in self.times if at < ends]
+        counted += self.times[len(counted) : len(counted) + 1]
+        return sum(tokens for _, tokens in counted[1:]) / (counted[-1][0] - counted[0][0])
+
+
 async def _measure_zipf(plan: Plan, trunk: Trunk, report: Report) -> None:
     sizes = plan.sizes
     folder = register(
         plan.scratch / "zipf", trunk, full_files(trunk, sizes.zipf, plan.shape.ranks[0])
     )
     library = open_library(plan, trunk, folder)
-    engine = _engine(plan, trunk, library)
+    batches = Batches()
+    engine = _engine(plan, trunk, library, batches)
     engine.start()
     rows = _rows(trunk)
     mixes = {"zipf": _zipf(sizes.zipf, 4), "resident": _zipf(min(FULL_SIZE, sizes.slots // 2), 5)}
@@ -193,7 +215,7 @@ async def _measure_zipf(plan: Plan, trunk: Trunk, report: Report) -> None:
     before = library.slots.stats().loads
     for _ in range(sizes.slow_rounds):
         for name, names in mixes.items():
-            rates[name].append(await _flow(engine, rows, names, sizes.window_s))
+            rates[name].append(await _flow(engine, batches, rows, names, sizes.window_s))
     loads = library.slots.stats().loads - before
     await engine.stop()
     library.close()
@@ -206,13 +228,13 @@ async def _measure_zipf(plan: Plan, trunk: Trunk, report: Report) -> None:
     )
 
 
-def _engine(plan: Plan, trunk: Trunk, library: Library) -> Engine:
+def _engine(plan: Plan, trunk: Trunk, library: Library, metrics: Metrics) -> Engine:
     forward = Forward(trunk.backbone, trunk.dtype, trunk.encoder.device)
     return Engine(
         trunk.backbone,
         library,
         forward,
-        Metrics(),
+        metrics,
         max_batch_tokens=plan.sizes.batch_tokens,
         max_queue_tokens=1 << 20,
         max_request_tokens=1 << 20,
@@ -254,18 +276,21 @@ async def _ask(engine: Engine, ids: torch.Tensor, name: str) -> Floats:
 
 
 async def _flow(
-    engine: Engine, rows: Iterator[torch.Tensor], name: Callable[[], str], window_s: float
+    engine: Engine,
+    batches: Batches,
+    rows: Iterator[torch.Tensor],
+    name: Callable[[], str],
+    window_s: float,
 ) -> float:
-    """Tokens answered a second by a closed loop of single rows."""
-    counter = Counter(window_s, IN_FLIGHT)
+    """Tokens a second through the engine under a closed loop of single rows."""
+    ends = time.perf_counter() + window_s
 
     async def keep_asking() -> None:
-        while counter.open:
-            ids = next(rows)
-            await _ask(engine, ids, name())
-            counter.add(len(ids))
+        while time.perf_counter() < ends:
+            await _ask(engine, next(rows), name())
 
+    batches.times.clear()
     async with asyncio.TaskGroup() as tasks:
         for _ in range(IN_FLIGHT):
             tasks.create_task(keep_asking())
-    return counter.rate
+    return batches.rate(ends)

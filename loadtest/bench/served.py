@@ -34,6 +34,7 @@ from loadtest.bench.client import (
     lone_latency,
     on_loop,
     post,
+    repeated,
     saturate,
 )
 from loadtest.bench.oracle import COSINE, Mismatch, expected
@@ -49,6 +50,7 @@ BULK_ROWS = 32
 BULK_CONNECTIONS = 8
 SINGLE_CONNECTIONS = 128
 FRONT_CONNECTIONS = 32
+FRONT_WARM_UP = 1000  # requests
 LONE_TOKENS = 16
 FRONT_END = Shape(n_embd=32, n_layer=1, n_head=2, ranks=(8,))
 OCTETS = "application/octet-stream"
@@ -93,14 +95,13 @@ class Bulk:
         ]
 
     def batches(self, tokens: int, at_once: int) -> list[Rows]:
-        """The rows of `at_once` requests at a time dealt into batches of about `tokens`."""
+        """The rows of `at_once` requests at a time dealt into batches of about `tokens` each."""
         made = []
         for start in range(0, len(self.rows), at_once):
             requests = range(start, min(start + at_once, len(self.rows)))
-            depth = max(len(self.rows[i]) for i in requests)
             dealt = [
                 (i, self.rows[i][row])
-                for row in range(depth)
+                for row in range(max(len(self.rows[i]) for i in requests))
                 for i in requests
                 if row < len(self.rows[i])
             ]
@@ -108,15 +109,15 @@ class Bulk:
         return made
 
     def _cut(self, dealt: Sequence[tuple[int, Tensor]], tokens: int) -> list[Rows]:
-        batches: list[list[tuple[int, Tensor]]] = [[]]
-        filled = 0
+        """As equal as rows allow, so that none is a small rest."""
+        total = sum(len(ids) for _, ids in dealt)
+        count = max(1, round(total / tokens))
+        batches: list[list[tuple[int, Tensor]]] = [[] for _ in range(count)]
+        before = 0
         for i, ids in dealt:
-            if batches[-1] and filled + len(ids) > tokens:
-                batches.append([])
-                filled = 0
-            batches[-1].append((i, ids))
-            filled += len(ids)
-        return [self._ordered(batch) for batch in batches]
+            batches[before * count // total].append((i, ids))
+            before += len(ids)
+        return [self._ordered(batch) for batch in batches if batch]
 
     def _ordered(self, batch: list[tuple[int, Tensor]]) -> Rows:
         batch = sorted(batch, key=lambda row: (self.adapters[row[0]][0], len(row[1])))
@@ -154,7 +155,8 @@ def check_answers(server: Running, trunk: Trunk, bulk: Bulk, forms: Sequence[str
 
 def measure(plan: Plan, trunk: Trunk, report: Report) -> None:
     adapters = trunk.adapters(max(plan.sizes.adapters), plan.shape.ranks[0])
-    bulk = bulk_of(trunk, adapters, BULK_ROWS, 2 * len(adapters))
+    requests = len(adapters) if plan.sizes.further else len(adapters) // 2
+    bulk = bulk_of(trunk, adapters, BULK_ROWS, max(1, requests))
     single = bulk_of(trunk, adapters, 1, 8 * len(adapters))
     data = plan.scratch / "served"
     register(data, trunk, full_files(trunk, len(adapters), plan.shape.ranks[0]))
@@ -186,25 +188,33 @@ def _measure_saturation(
 ) -> None:
     sizes = plan.sizes
     loads = {form: (bulk.questions(form), BULK_CONNECTIONS) for form in FORMS}
-    loads["one row"] = (single.questions("binary"), SINGLE_CONNECTIONS)
+    if sizes.further:
+        loads["one row"] = (single.questions("binary"), SINGLE_CONNECTIONS)
     rates: dict[str, list[float]] = {name: [] for name in loads}
 
-    def load(name: str, window_s: float) -> float:
-        return on_loop(saturate(server, *loads[name], window_s))
+    def load(name: str) -> float:
+        return on_loop(saturate(server, *loads[name]))
 
-    # The server's first batches are its slow ones: adapters are loaded, kernels are made.
-    load("binary", sizes.window_s)
-    tokens = mean_batch(server, lambda: load("binary", sizes.window_s))
+    # The first batches are slow ones, here too: adapters are loaded, kernels are made.
+    load("binary")
+    noted: list[float] = []
+    tokens = mean_batch(server, lambda: noted.append(load("binary")))
+    loads = {
+        name: (repeated(questions, noted[0], sizes.window_s), connections)
+        for name, (questions, connections) in loads.items()
+    }
     batches = bulk.batches(round(tokens), BULK_CONNECTIONS)
+    passes = len(loads["binary"][0]) // len(bulk.rows)
+    trunk.device_thread.submit(forward_rate, trunk, batches, 1).result()
     in_process: list[float] = []
     client_s = server_s = 0.0
     for _ in range(sizes.slow_rounds):
         for name in loads:
             before = _own_cpu(), cpu_seconds(server.pid)
-            rates[name].append(load(name, sizes.window_s))
+            rates[name].append(load(name))
             client_s += _own_cpu() - before[0]
             server_s += cpu_seconds(server.pid) - before[1]
-        rate = trunk.device_thread.submit(forward_rate, trunk, batches, sizes.window_s)
+        rate = trunk.device_thread.submit(forward_rate, trunk, batches, passes)
         in_process.append(rate.result())
     share = client_s / (client_s + server_s)
     note = f"{BULK_ROWS} rows a request, batches of {tokens:,.0f} tokens"
@@ -213,26 +223,20 @@ def _measure_saturation(
         what = f"HTTP at saturation / forward, {form}"
         values = quotients(rates[form], in_process)
         report.ratio("served", what, f"http_over_forward.{form}", values, said)
-    report.ratio(
-        "served",
-        "the same, one row a request, binary",
-        "also.http_one_row_over_forward",
-        quotients(rates["one row"], in_process),
-        f"{SINGLE_CONNECTIONS} connections",
-    )
+    if sizes.further:
+        values = quotients(rates["one row"], in_process)
+        what, key = "the same, one row a request, binary", "also.http_one_row_over_forward"
+        report.ratio("served", what, key, values, f"{SINGLE_CONNECTIONS} connections")
     report.note("served", "client's share of the processor time", f"{share:.1%}", "not taken off")
 
 
-def forward_rate(trunk: Trunk, batches: Sequence[Rows], window_s: float) -> float:
+def forward_rate(trunk: Trunk, batches: Sequence[Rows], passes: int) -> float:
     """Tokens a second of forward and pooling, on the device thread."""
-    tokens, turn = 0, 0
-    trunk.embed(batches[0])
     began = time.perf_counter()
-    while time.perf_counter() < began + window_s:
-        rows = batches[turn % len(batches)]
-        trunk.embed(rows)
-        tokens += rows.tokens
-        turn += 1
+    for _ in range(passes):
+        for rows in batches:
+            trunk.embed(rows)
+    tokens = passes * sum(rows.tokens for rows in batches)
     return tokens / (time.perf_counter() - began)
 
 
@@ -285,17 +289,20 @@ def _measure_front_end(plan: Plan, report: Report) -> None:
         body.write_bytes(answer.body)
         module: list[str | Path] = ["loadtest.bench.bare", body, answer.header("content-type")]
         bare = stack.enter_context(running(plan.scratch / "bare.log", module))
-        rates: dict[str, list[float]] = {"own": [], "bare": []}
+        rates = {
+            name: [on_loop(saturate(server, [question] * FRONT_WARM_UP, FRONT_CONNECTIONS))]
+            for name, server in (("own", own), ("bare", bare))
+        }
         per_cpu_s: dict[str, list[float]] = {"own": [], "bare": []}
-        for measured in range(plan.sizes.slow_rounds + 1):
+        for _ in range(plan.sizes.slow_rounds):
             for name, server in (("own", own), ("bare", bare)):
                 cpu, began = cpu_seconds(server.pid), time.perf_counter()
-                load = saturate(server, [question], FRONT_CONNECTIONS, plan.sizes.window_s)
-                rate = on_loop(load)
+                questions = repeated([question], rates[name][-1], plan.sizes.window_s)
+                rate = on_loop(saturate(server, questions, FRONT_CONNECTIONS))
                 cores = (cpu_seconds(server.pid) - cpu) / (time.perf_counter() - began)
-                if measured:  # the first is a warm-up
-                    rates[name].append(rate)
-                    per_cpu_s[name].append(rate / cores)
+                rates[name].append(rate)
+                per_cpu_s[name].append(rate / cores)
+    rates = {name: values[1:] for name, values in rates.items()}
     middle = statistics.median(rates["own"]), statistics.median(rates["bare"])
     report.ratio(
         "served",

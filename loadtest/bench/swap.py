@@ -28,6 +28,7 @@ from loadtest.bench.client import (
     on_loop,
     post,
     put,
+    repeated,
     saturate,
     steady,
 )
@@ -105,9 +106,15 @@ def measure(plan: Plan, trunk: Trunk, report: Report) -> None:
             ):
                 raise Mismatch("swap: an answer differs from the float32 oracle")
         _measure_put(plan, report, server, traffic)
-        tokens_per_s = on_loop(saturate(server, traffic.questions, CONNECTIONS, sizes.window_s))
+        tokens_per_s = _saturation(server, traffic.questions, sizes.window_s)
         mean = statistics.mean(question.tokens for question in traffic.questions)
         _measure_steady(plan, report, server, traffic, SHARE * tokens_per_s / mean)
+
+
+def _saturation(server: Running, questions: Sequence[Question], window_s: float) -> float:
+    """Tokens a second, after all rows were asked for once."""
+    first = on_loop(saturate(server, questions, CONNECTIONS))
+    return on_loop(saturate(server, repeated(questions, first, window_s), CONNECTIONS))
 
 
 def _measure_put(plan: Plan, report: Report, server: Running, traffic: Traffic) -> None:
