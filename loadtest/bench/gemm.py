@@ -16,7 +16,7 @@ from loadtest.bench.pairs import seconds
 from model.config import MAIN_MATRICES, GPTConfig
 
 PARTS = (1, 2, 4, 8)  # of the tokens
-TRIES = 15
+TRIES = 9
 
 Multiply = Callable[[], object]
 

@@ -41,9 +41,11 @@ def expected(trunk: Trunk, rows: Rows, count: int) -> dict[int, Tensor]:
     states = {}
     for row in sorted(chosen):
         adapter = rows.adapters[row]
-        twin = twins.setdefault(id(adapter), under_adapter(trunk.gpt, adapter))
-        states[row] = _states(twin, rows.ids[row])
-        if adapter is not None:
+        is_first = id(adapter) not in twins
+        if is_first:
+            twins[id(adapter)] = under_adapter(trunk.gpt, adapter)
+        states[row] = _states(twins[id(adapter)], rows.ids[row])
+        if is_first and adapter is not None:
             _demand_moved(_states(trunk.gpt, rows.ids[row]), states[row])
     return states
 

@@ -13,15 +13,18 @@ def seconds(action: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def in_turn(actions: Mapping[str, Callable[[], object]], rounds: int, round_s: float) -> Times:
+def in_turn(
+    actions: Mapping[str, Callable[[], object]],
+    rounds: int,
+    round_s: float,
+    warm: bool = False,
+) -> Times:
     """Mean seconds of a call of each action in every round, all of them after a warm-up.
 
     A round goes through the actions in turn, again and again, for about `round_s` altogether.
+    Where they are `warm` already, because they ran a moment ago and take long, it does so once.
     """
-    once = sum(seconds(action) for action in actions.values())
-    if once < round_s:  # the first call may have been a slow one
-        once = sum(seconds(action) for action in actions.values())
-    turns = max(1, math.ceil(round_s / once))
+    turns = 1 if warm else _turns(actions, round_s)
     times: Times = {name: [] for name in actions}
     for _ in range(rounds):
         spent = dict.fromkeys(actions, 0.0)
@@ -31,6 +34,13 @@ def in_turn(actions: Mapping[str, Callable[[], object]], rounds: int, round_s: f
         for name, total in spent.items():
             times[name].append(total / turns)
     return times
+
+
+def _turns(actions: Mapping[str, Callable[[], object]], round_s: float) -> int:
+    once = sum(seconds(action) for action in actions.values())
+    if once < round_s:  # the first call may have been a slow one
+        once = sum(seconds(action) for action in actions.values())
+    return max(1, math.ceil(round_s / once))
 
 
 def quotients(over: Sequence[float], under: Sequence[float]) -> list[float]:

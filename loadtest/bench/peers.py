@@ -188,7 +188,7 @@ def _measure_peft(
     if sizes.further:
         actions["PEFT sorted"] = partial(peer.run_sorted, mixed)
         check("PEFT sorted", peer.run_sorted(mixed), reference, plan.dtype)
-    times = in_turn(actions, sizes.slow_rounds, 2 * sizes.round_s)
+    times = in_turn(actions, sizes.slow_rounds, sizes.round_s, warm=True)
     what = f"PEFT's mixed batch, {len(adapters)} adapters"
     for name, note in (
         ("uniform", ""),
@@ -225,7 +225,7 @@ def _measure_one_at_a_time(
     reference = expected(trunk, mixed, sizes.checked_rows)
     for name, action in actions.items():
         check(name, action(), reference, plan.dtype)
-    times = in_turn(actions, sizes.slow_rounds, 2 * sizes.round_s)
+    times = in_turn(actions, sizes.slow_rounds, sizes.round_s, warm=True)
     note = f"{len(adapters)} adapters, mixed lengths"
     for name, key in keys.items():
         report.ratio("peers", name, key, speedups(times, "mixed batch", name), note)

@@ -22,33 +22,33 @@ from pathlib import Path
 import httpx
 import torch
 
-from adapters.library import Library
-from adapters.slots import SlotPool
-from adapters.weights import placed_bytes
 from loadtest.bench.client import on_loop, post, repeated, saturate
+from loadtest.bench.in_process import InProcess, engine_of, open_library
 from loadtest.bench.oracle import COSINE, Mismatch, expected
 from loadtest.bench.pairs import quotients, seconds
 from loadtest.bench.plan import Plan
 from loadtest.bench.process import Running, trunkline
-from loadtest.bench.registered import SETS, full_files, name_of, register, tiny_files, write_trunk
+from loadtest.bench.registered import (
+    SETS,
+    full_files,
+    name_of,
+    register,
+    server_arguments,
+    tiny_files,
+    write_trunk,
+)
 from loadtest.bench.report import Report
-from loadtest.bench.served import OCTETS, server_arguments
+from loadtest.bench.served import OCTETS
 from loadtest.bench.trunk import Adapter, Rows, Trunk, mixed_lengths
 from loadtest.workload import Popularity
 from model.lora import AdapterWeights
-from server.engine.admission import Row
-from server.engine.engine import Engine
-from server.engine.forward import Forward
-from server.engine.job import Ask, Floats
-from server.metrics import Metrics
 
 FULL_SIZE = 32  # adapters of full size among the registered
 ASKED = 10  # of them under traffic
 FEW = 10  # registered: what larger counts are held against
-BULK_ROWS = 32
+BULK_ROWS = 16
 CONNECTIONS = 8
 IN_FLIGHT = 256  # rows in the engine at once
-ASK = Ask(frozenset({"embedding"}))
 
 
 def measure(plan: Plan, trunk: Trunk, report: Report) -> None:
@@ -108,9 +108,9 @@ def _measure_servers(plan: Plan, trunk: Trunk, report: Report, data: dict[int, P
 
 def _throughput(plan: Plan, trunk: Trunk, server: Running, adapters: int) -> float:
     generator = torch.Generator().manual_seed(3)
-    lengths = iter(mixed_lengths(2 * ASKED * BULK_ROWS * 80, seed=3))
+    lengths = iter(mixed_lengths(ASKED * BULK_ROWS * 80, seed=3))
     questions = []
-    for index in range(2 * ASKED):
+    for index in range(ASKED):
         taken = list(itertools.islice(lengths, BULK_ROWS))
         rows = [torch.randint(trunk.config.vocab_size, (n,), generator=generator) for n in taken]
         body = {"adapter": name_of(index % adapters), "inputs": [row.tolist() for row in rows]}
@@ -128,25 +128,6 @@ def _bytes_over_file(server: Running) -> float:
     assert len(resident) == slots["resident"], "an adapter came or went while nobody asked"
     used: int = slots["used_bytes"]
     return used / sum(resident)
-
-
-def open_library(plan: Plan, trunk: Trunk, folder: Path) -> Library:
-    capacity = plan.sizes.slots * placed_bytes(
-        trunk.adapter_set(plan.shape.ranks[0], 0), trunk.dtype
-    )
-    return Library(
-        folder,
-        trunk.backbone,
-        trunk.encoder,
-        lambda read: SlotPool(
-            trunk.config,
-            trunk.dtype,
-            trunk.encoder.device,
-            capacity_bytes=capacity,
-            max_slots=plan.sizes.slots,
-            read=read,
-        ),
-    )
 
 
 def _measure_registry(plan: Plan, trunk: Trunk, report: Report, folders: dict[int, Path]) -> None:
@@ -181,64 +162,28 @@ def _measure_registry(plan: Plan, trunk: Trunk, report: Report, folders: dict[in
         )
 
 
-class Batches(Metrics):
-    """The engine's metrics, which also note when each batch was done."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.times: list[tuple[float, int]] = []
-
-    def batch(self, tokens: int, rows: int, seconds: float) -> None:
-        super().batch(tokens, rows, seconds)
-        self.times.append((time.perf_counter(), tokens))
-
-    def rate(self, ends: float) -> float:
-        """Tokens a second from the end of the first batch to the first end after `ends`."""
-        counted = [(at, tokens) for at, tokens in self.times if at < ends]
-        counted += self.times[len(counted) : len(counted) + 1]
-        return sum(tokens for _, tokens in counted[1:]) / (counted[-1][0] - counted[0][0])
-
-
 async def _measure_zipf(plan: Plan, trunk: Trunk, report: Report) -> None:
     sizes = plan.sizes
-    folder = register(
-        plan.scratch / "zipf", trunk, full_files(trunk, sizes.zipf, plan.shape.ranks[0])
-    )
-    library = open_library(plan, trunk, folder)
-    batches = Batches()
-    engine = _engine(plan, trunk, library, batches)
-    engine.start()
+    files = full_files(trunk, sizes.zipf, plan.shape.ranks[0])
+    folder = register(plan.scratch / "zipf", trunk, files)
     rows = _rows(trunk)
     mixes = {"zipf": _zipf(sizes.zipf, 4), "resident": _zipf(min(FULL_SIZE, sizes.slots // 2), 5)}
     rates: dict[str, list[float]] = {name: [] for name in mixes}
-    await _check(plan, trunk, engine, rows, sizes.zipf)
-    before = library.slots.stats().loads
-    for _ in range(sizes.slow_rounds):
-        for name, names in mixes.items():
-            rates[name].append(await _flow(engine, batches, rows, names, sizes.window_s))
-    loads = library.slots.stats().loads - before
-    await engine.stop()
-    library.close()
+    async with engine_of(plan, trunk, folder) as it:
+        await _check(plan, trunk, it, rows)
+        for names in mixes.values():  # a warm-up
+            await _flow(it, rows, names, sizes.window_s)
+        before = it.library.slots.stats().loads
+        for _ in range(sizes.slow_rounds):
+            for name, names in mixes.items():
+                rates[name].append(await _flow(it, rows, names, sizes.window_s))
+        loads = it.library.slots.stats().loads - before
     report.ratio(
         "scale",
         f"Zipf over {sizes.zipf:,} adapters and {sizes.slots} slots / {FULL_SIZE} resident",
         "zipf1000_over_resident",
         quotients(rates["zipf"], rates["resident"]),
         f"every row its own adapter; {loads} loads",
-    )
-
-
-def _engine(plan: Plan, trunk: Trunk, library: Library, metrics: Metrics) -> Engine:
-    forward = Forward(trunk.backbone, trunk.dtype, trunk.encoder.device)
-    return Engine(
-        trunk.backbone,
-        library,
-        forward,
-        metrics,
-        max_batch_tokens=plan.sizes.batch_tokens,
-        max_queue_tokens=1 << 20,
-        max_request_tokens=1 << 20,
-        fair_shares={},
     )
 
 
@@ -254,43 +199,30 @@ def _zipf(count: int, seed: int) -> Callable[[], str]:
     return lambda: name_of(popularity.draw(rng, 0.0))
 
 
-async def _check(
-    plan: Plan, trunk: Trunk, engine: Engine, rows: Iterator[torch.Tensor], count: int
-) -> None:
+async def _check(plan: Plan, trunk: Trunk, it: InProcess, rows: Iterator[torch.Tensor]) -> None:
     """Some rows under adapters that are not resident yet, against the oracle."""
-    for index in random.Random(7).sample(range(count), min(4, count)):
+    for index in random.Random(7).sample(range(plan.sizes.zipf), 4):
         ids = next(rows)
         adapter = Adapter(trunk.adapter_set(plan.shape.ranks[0], index % SETS), AdapterWeights())
         reference = expected(trunk, Rows([ids], [adapter]), 1)[0].mean(0)
-        found = await _ask(engine, ids, name_of(index))
+        (found,) = await it.ask([ids], name_of(index))
         if not float(torch.cosine_similarity(torch.from_numpy(found), reference, dim=0)) >= COSINE:
             raise Mismatch(f"scale: {name_of(index)} differs from the float32 oracle")
 
 
-async def _ask(engine: Engine, ids: torch.Tensor, name: str) -> Floats:
-    results = await engine.encode([Row(ids.numpy(), name)], ASK, time.monotonic() + 60)
-    if results[0].error is not None:
-        raise results[0].error
-    assert results[0].embedding is not None
-    return results[0].embedding
-
-
 async def _flow(
-    engine: Engine,
-    batches: Batches,
-    rows: Iterator[torch.Tensor],
-    name: Callable[[], str],
-    window_s: float,
+    it: InProcess, rows: Iterator[torch.Tensor], name: Callable[[], str], window_s: float
 ) -> float:
     """Tokens a second through the engine under a closed loop of single rows."""
+    it.metrics.times.clear()
+    it.forward.batches.clear()
     ends = time.perf_counter() + window_s
 
     async def keep_asking() -> None:
         while time.perf_counter() < ends:
-            await _ask(engine, next(rows), name())
+            await it.ask([next(rows)], name())
 
-    batches.times.clear()
     async with asyncio.TaskGroup() as tasks:
         for _ in range(IN_FLIGHT):
             tasks.create_task(keep_asking())
-    return batches.rate(ends)
+    return it.metrics.rate(ends)

@@ -36,9 +36,9 @@ from loadtest.bench.oracle import COSINE, Mismatch, expected
 from loadtest.bench.pairs import quotients
 from loadtest.bench.plan import Plan
 from loadtest.bench.process import Running, trunkline
-from loadtest.bench.registered import full_files, name_of, register, write_trunk
+from loadtest.bench.registered import full_files, name_of, register, server_arguments, write_trunk
 from loadtest.bench.report import Report
-from loadtest.bench.served import OCTETS, server_arguments
+from loadtest.bench.served import OCTETS
 from loadtest.bench.trunk import Rows, Trunk, mixed_lengths
 
 NAMES = 8  # that the traffic asks for
