@@ -19,7 +19,7 @@ from loadtest.bench.trunk import Trunk
 SHAPE = Shape(n_embd=32, n_layer=1, n_head=2, ranks=(8,))
 LONE_TOKENS = 16  # of a request
 CONNECTIONS = 32
-WARM_UP = 1000  # requests
+WARM_UP = 300  # requests
 
 
 def measure(plan: Plan, report: Report) -> None:

@@ -155,8 +155,10 @@ def run_one_at_a_time(trunk: Trunk, rows: Rows) -> list[Tensor]:
 
 def measure(plan: Plan, trunk: Trunk, report: Report) -> None:
     sizes = plan.sizes
-    adapters = trunk.adapters(max(sizes.adapters), plan.shape.ranks[0])
-    count = sizes.batch_tokens // sizes.uniform
+    # As many rows an adapter, on average, as in a whole batch under the most adapters.
+    most = max(sizes.adapters) * sizes.peer_tokens // sizes.batch_tokens
+    adapters = trunk.adapters(most, plan.shape.ranks[0])
+    count = sizes.peer_tokens // sizes.uniform
     uniform = trunk.rows([sizes.uniform] * count, adapters)
     mixed = trunk.rows(mixed_lengths(count * sizes.uniform), adapters)
     if importlib.util.find_spec("peft") is None:

@@ -2,7 +2,6 @@
 
 import http.client
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -13,7 +12,6 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 STARTS_WITHIN_S = 120.0
-STOPS_WITHIN_S = 20.0
 LOOKS_EVERY_S = 0.005
 
 
@@ -50,7 +48,8 @@ def running(log: Path, module: Sequence[str | Path]) -> Iterator[Running]:
     try:
         yield _wait(process, log, began)
     finally:
-        _stop(process)
+        process.kill()  # nothing of it is needed any more
+        process.wait()
 
 
 def _wait(process: subprocess.Popen[bytes], log: Path, began: float) -> Running:
@@ -76,16 +75,6 @@ def _is_ready(host: str, port: int) -> bool:
         return False
     finally:
         connection.close()
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        process.send_signal(signal.SIGTERM)
-    try:
-        process.wait(STOPS_WITHIN_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
 
 
 def cpu_seconds(pid: int) -> float:

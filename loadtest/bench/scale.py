@@ -48,7 +48,7 @@ ASKED = 10  # of them under traffic
 FEW = 10  # registered: what larger counts are held against
 BULK_ROWS = 16
 CONNECTIONS = 8
-IN_FLIGHT = 256  # rows in the engine at once
+IN_FLIGHT = 128  # rows in the engine at once
 
 
 def measure(plan: Plan, trunk: Trunk, report: Report) -> None:

@@ -153,7 +153,8 @@ async def batches_of(
 ) -> tuple[RecordingForward, list[Batch]]:
     """The batches that the engine makes of these requests when their adapters are resident."""
     async with engine_of(plan, trunk, folder) as it:
-        await it.ask_all(requests, BULK_CONNECTIONS)
+        for name in {name for _, name in requests}:
+            it.library.load(name, timeout_s=60)
         return it.forward, await it.ask_all(requests, BULK_CONNECTIONS)
 
 
@@ -184,7 +185,6 @@ def _measure_saturation(
     }
     passes = len(loads["binary"][0]) // len(bulk.rows)
     forward, batches = on_loop(batches_of(plan, trunk, folder, bulk.requests * passes))
-    trunk.device_thread.submit(forward.run_again, batches).result()
     tokens = statistics.mean(batch.packed.ids.shape[0] for batch in batches)
     in_process: list[float] = []
     client_s = server_s = 0.0

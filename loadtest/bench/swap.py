@@ -151,15 +151,14 @@ def _measure_steady(
     p99: dict[str, list[float]] = {"without": [], "with": []}
     errors = []
     swaps = 0
-    for measured in range(sizes.slow_rounds + 1):
+    for seed in range(sizes.slow_rounds):
         uploads = traffic.uploads(round(sizes.swap_window_s * sizes.swaps_per_s))
         for kind, some in (("without", []), ("with", uploads)):
-            window = _window(server, traffic, rate, sizes.swap_window_s, some, seed=measured)
+            window = _window(server, traffic, rate, sizes.swap_window_s, some, seed)
             answers, refused = on_loop(window)
             wrong = sum(not traffic.is_right(index, answer) for index, answer, _ in answers)
-            if measured:  # the first is a warm-up
-                p99[kind].append(float(np.quantile([spent for _, _, spent in answers], 0.99)))
-                swaps += len(some)
+            p99[kind].append(float(np.quantile([spent for _, _, spent in answers], 0.99)))
+            swaps += len(some)
             if kind == "with":
                 errors.append(wrong + refused)
     middle = statistics.median(p99["with"]) * 1e3, statistics.median(p99["without"]) * 1e3

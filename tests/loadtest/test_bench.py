@@ -25,6 +25,7 @@ SIZES = Sizes(
     window_s=0.05,
     swap_window_s=0.3,
     batch_tokens=1024,
+    peer_tokens=1024,
     uniform=32,
     checked_rows=4,
     lone_requests=2,
