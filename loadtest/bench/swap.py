@@ -64,6 +64,7 @@ class Traffic:
             states = expected(trunk, Rows(self.rows, [adapter] * TEXTS), TEXTS)
             pooled = torch.stack([states[row].mean(0) for row in range(TEXTS)])
             self._references.append(F.normalize(pooled, dim=1).numpy())
+        _demand_apart(np.stack(self._references))
         self._weights = {adapter.set.digest: n for n, adapter in enumerate(self.adapters)}
         self._number = itertools.count(1)
         # Every row under every name: the index is name * TEXTS + row.
@@ -89,8 +90,17 @@ class Traffic:
         if answer.status != 200:
             return False
         digest = json.loads(answer.header(METADATA))["adapters"][0]["digest"]
+        if digest not in self._weights:
+            return False
         reference = self._references[self._weights[digest]][question % TEXTS]
         return float(np.frombuffer(answer.body, "<f4") @ reference) >= COSINE
+
+
+def _demand_apart(references: np.ndarray) -> None:
+    """references (sets, rows, C), of length 1. Raises Mismatch where any set would pass."""
+    cosines = np.einsum("arc,brc->abr", references, references)
+    if cosines[~np.eye(len(references), dtype=bool)].max() >= COSINE:
+        raise Mismatch("two adapters are so alike that an answer would pass under either")
 
 
 def measure(plan: Plan, trunk: Trunk, report: Report) -> None:
@@ -159,8 +169,7 @@ def _measure_steady(
             wrong = sum(not traffic.is_right(index, answer) for index, answer, _ in answers)
             p99[kind].append(float(np.quantile([spent for _, _, spent in answers], 0.99)))
             swaps += len(some)
-            if kind == "with":
-                errors.append(wrong + refused)
+            errors.append(wrong + refused)
     middle = statistics.median(p99["with"]) * 1e3, statistics.median(p99["without"]) * 1e3
     report.ratio(
         "swap",
