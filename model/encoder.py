@@ -31,7 +31,7 @@ BF16_ROWS = 16
 
 
 class Linear:
-    """x W^T + b. `weight` (out, in) is as the fastest kernel at hand wants it, see `packs`."""
+    """x W^T + b: weight (out, in), and a packed copy of it where that is faster."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight, self.bias = weight, bias
@@ -44,7 +44,7 @@ class Linear:
         return y
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        """residual + x W^T + b, rounded once where the kernel can."""
+        """residual += x W^T + b, in place; rounded once where the kernel can."""
         if self.packed is None:
             return residual.add_(self(x))
         y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(

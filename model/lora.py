@@ -5,7 +5,6 @@ An adapter is keyed by (layer, site), never by module: the layers share their ma
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count
 
 import torch
 from torch import Tensor
@@ -93,18 +92,15 @@ class LoraBatch:
         for start, length, adapters in self._runs:
             pairs = [adapter.lora.get(site) for adapter in adapters]
             whole = [pair for pair in pairs if pair is not None]
-            ranks = {a.shape[0] for a, _ in whole}
-            if 1 < len(pairs) == len(whole) and len(ranks) == 1:
-                end = start + length * len(pairs)
-                rows = (len(pairs), length, -1)
-                a, b_t = (torch.stack(matrices) for matrices in zip(*whole, strict=True))
-                low = torch.bmm(x[start:end].view(rows), a.transpose(1, 2))  # (G, n, r)
-                y[start:end].view(rows).baddbmm_(low, b_t)
-                continue
-            for begin, pair in zip(count(start, length), pairs, strict=False):
-                if pair is not None:
-                    rows_of = slice(begin, begin + length)
-                    y[rows_of].addmm_(x[rows_of] @ pair[0].t(), pair[1])
+            end = start + length * len(pairs)
+            if 1 < len(pairs) == len(whole) and len({a.shape for a, _ in whole}) == 1:
+                _add_together(whole, x[start:end], y[start:end])
+            else:
+                for pair, begin in zip(pairs, range(start, end, length), strict=True):
+                    if pair is not None:
+                        a, b_t = pair
+                        segment = slice(begin, begin + length)
+                        y[segment].addmm_(x[segment] @ a.t(), b_t)
         return y
 
     def norm(self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -119,11 +115,19 @@ class LoraBatch:
         return out
 
 
-def _runs_of(segments: Sequence[Segment]) -> list[tuple[int, int, list[AdapterWeights]]]:
-    """(start, tokens a segment, adapters) of neighbouring segments of one length, None left out.
+def _add_together(pairs: Sequence[tuple[Tensor, Tensor]], x: Tensor, y: Tensor) -> None:
+    """add_ of neighbouring segments of one length and adapters of one rank, in two batched calls.
 
-    The segments of a run share two batched matrix calls instead of two calls each.
+    x (G n, in), y (G n, out); each of the G pairs is A (r, in) and B transposed (r, out).
     """
+    a, b_t = (torch.stack(matrices) for matrices in zip(*pairs, strict=True))
+    segments = (len(pairs), x.shape[0] // len(pairs), -1)
+    low = torch.bmm(x.view(segments), a.transpose(1, 2))  # (G, n, r)
+    y.view(segments).baddbmm_(low, b_t)
+
+
+def _runs_of(segments: Sequence[Segment]) -> list[tuple[int, int, list[AdapterWeights]]]:
+    """(start, tokens a segment, adapters) of neighbouring segments of one length, None left out."""
     runs: list[tuple[int, int, list[AdapterWeights]]] = []
     for s in segments:
         if s.adapter is None:

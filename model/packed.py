@@ -54,7 +54,7 @@ class PackedBatch:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch) -> Tensor:
     """softmax(q k^T / sqrt(D)) v within each sequence: q, k, v (N, H, D) -> (N, H, D)."""
-    # what lies in a gap is never read, but must not be a NaN that slows the matrix units down
+    # gaps go through every operator too: zeros keep them finite
     out = torch.zeros_like(v) if batch.gaps else torch.empty_like(v)
     for length, tokens in batch.groups:
         rows = (-1, length, *q.shape[1:])
