@@ -1,4 +1,4 @@
-"""A load run against a server of its own: `python -m loadtest`, two minutes, the demo trunk.
+"""A load run against a server of its own: `python -m loadtest`, 12 users, two minutes.
 
 Flags that are not its own go to Locust (`--host URL` loads a server that is there already). With
 --both-loops the run is made twice, first as a closed loop in steps, then as an open loop in steps
@@ -25,6 +25,8 @@ from loadtest.report import loops_page
 
 LOCUSTFILE = Path(__file__).parent / "locustfile.py"
 STARTS_WITHIN_S = 120
+# Locust's own is one user for ever. A user asks one kind of question: one user, one kind.
+USUAL = ("--users", "12", "--run-time", "120s")
 OVER_THE_KNEE = 1.15
 
 
@@ -66,7 +68,7 @@ def _is_ready(url: str) -> bool:
 def run_locust(url: str, flags: Sequence[str]) -> tuple[int, dict[str, object]]:
     """Exit code and summary; what Locust prints is passed on."""
     command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--host", url]
-    command += ["--headless", "--only-summary", *flags]
+    command += ["--headless", "--only-summary", *USUAL, *flags]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         line = ""
