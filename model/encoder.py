@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model.config import MAIN_MATRICES, GPTConfig
-from model.layers import rotary_table
+from model.kernels import CompiledOperators
 from model.lora import LoraBatch
-from model.packed import PackedBatch, attention
+from model.operators import Operators, PartOperators, TorchOperators
+from model.packed import PackedBatch
 from model.parts import Part, parts_of
 
 FINAL = 0  # key of the state after ln_f; the state after block l has the key l, from 1
@@ -25,9 +26,6 @@ FINAL = 0  # key of the state after ln_f; the state after block l has the key l,
 PART_TOKENS = 768
 # Two parts of fewer tokens than this would cost more in small calls than a second core gives.
 LEAST_PART_TOKENS = 128
-# oneDNN compiles a bfloat16 kernel for each number of rows it meets (a first call takes 1 to 3 ms
-# longer) and keeps about a thousand.
-BF16_ROWS = 16
 
 
 class Linear:
@@ -80,7 +78,8 @@ class Encoder:
     """A backbone resident on a device.
 
     tensors are those of a backbone folder (model.checkpoint), by name; they are cast to `dtype`
-    once. A matrix that all layers share is held once.
+    once. A matrix that all layers share is held once. Without `compiled` torch's operators are
+    used where compiled ones could be.
     """
 
     def __init__(
@@ -89,6 +88,7 @@ class Encoder:
         tensors: Mapping[str, Tensor],
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        compiled: bool = True,
     ) -> None:
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
         self._placed: dict[str, Tensor] = {}
@@ -103,8 +103,10 @@ class Encoder:
         self.wte = tensors["transformer.wte.weight"].to(self.device, torch.float32)
         cls_embedding = tensors.get("cls_embedding")
         self.cls_embedding = None if cls_embedding is None else cls_embedding.to(self.wte)
-        cos, sin = rotary_table(config.block_size, config.head_dim)
-        self.cos, self.sin = cos.to(self.device, dtype), sin.to(self.device, dtype)
+        operators = (
+            CompiledOperators.where_possible(config, dtype, self.device) if compiled else None
+        )
+        self.operators: Operators = operators or TorchOperators(config, dtype, self.device)
 
     def _place(self, tensors: Mapping[str, Tensor], name: str) -> Tensor:
         if name not in self._placed:
@@ -168,26 +170,30 @@ class Encoder:
         """
         tokens = batch.ids.shape[0]
         if self.device.type != "cpu":
-            return parts_of(batch, lora, tokens, 1)
+            return parts_of(batch, lora, tokens)
         share = max(LEAST_PART_TOKENS, -(-tokens // self.threads))
-        align = BF16_ROWS if self.dtype == torch.bfloat16 else 1
-        return parts_of(batch, lora, min(PART_TOKENS, share), align)
+        return parts_of(
+            batch,
+            lora,
+            min(PART_TOKENS, share),
+            self.operators.align,
+            self.operators.align_adapters,
+        )
 
     @torch.inference_mode()
     def _through_all_layers(self, part: Part, kept: Mapping[int, Tensor]) -> None:
-        batch, lora = part.batch, part.lora
-        x = self._embed(batch.ids)  # (N, C)
-        cos = self.cos[batch.positions].unsqueeze(1)  # (N, 1, D)
-        sin = self.sin[batch.positions].unsqueeze(1)
+        operators = self.operators.of(part.batch, part.lora)
+        x = self._embed(part.batch.ids)  # (N, C)
         for layer, block in enumerate(self.blocks):
             name = f"transformer.h.{layer}"
-            normed = lora.norm(f"{name}.ln_1", x, *block.ln_1)
-            x = self._attention(layer, block, x, normed, lora, batch, cos, sin)
-            x = self._mlp(layer, block, x, lora.norm(f"{name}.ln_2", x, *block.ln_2), lora)
+            normed = operators.norm(f"{name}.ln_1", x, *block.ln_1)
+            x = _attention(layer, block, x, normed, operators)
+            normed = operators.norm(f"{name}.ln_2", x, *block.ln_2)
+            x = _mlp(layer, block, x, normed, operators)
             if layer + 1 in kept:
                 kept[layer + 1][part.start : part.end] = part.real(x)
         if FINAL in kept:
-            final = lora.norm("transformer.ln_f", x, *self.ln_f)
+            final = operators.norm("transformer.ln_f", x, *self.ln_f)
             kept[FINAL][part.start : part.end] = part.real(final)
 
     def _embed(self, ids: Tensor) -> Tensor:
@@ -198,38 +204,19 @@ class Encoder:
             x = torch.where(is_cls, self.cls_embedding, x)
         return x.to(self.dtype)
 
-    def _attention(
-        self,
-        layer: int,
-        block: BlockWeights,
-        x: Tensor,
-        normed: Tensor,
-        lora: LoraBatch,
-        batch: PackedBatch,
-        cos: Tensor,
-        sin: Tensor,
-    ) -> Tensor:
-        """x + the attention of `normed`; x may be changed in place."""
-        qkv = lora.add_((layer, "attn.lora_qkv"), normed, block.attn_c_attn(normed))  # (N, 3C)
-        heads = self.config.n_head
-        qkv = qkv.view(-1, 3 * heads, self.config.head_dim)
-        q, k = rotated(qkv[:, : 2 * heads], cos, sin).chunk(2, dim=1)  # (N, H, D) each
-        y = attention(q, k, qkv[:, 2 * heads :], batch).flatten(1)  # (N, C)
-        x = block.attn_c_proj.add_to(x, y)
-        return lora.add_((layer, "attn.lora_out"), y, x)
 
-    def _mlp(
-        self, layer: int, block: BlockWeights, x: Tensor, normed: Tensor, lora: LoraBatch
-    ) -> Tensor:
-        """x + the MLP of `normed`; x may be changed in place."""
-        h = F.gelu(lora.add_((layer, "mlp.lora_fc"), normed, block.mlp_c_fc(normed)))  # (N, 4C)
-        return lora.add_((layer, "mlp.lora_proj"), h, block.mlp_c_proj.add_to(x, h))
+def _attention(
+    layer: int, block: BlockWeights, x: Tensor, normed: Tensor, operators: PartOperators
+) -> Tensor:
+    """x + the attention of `normed`; x may be changed in place."""
+    qkv = operators.add_lora((layer, "attn.lora_qkv"), normed, block.attn_c_attn(normed))  # (N, 3C)
+    y = operators.attention(qkv)  # (N, C)
+    return operators.add_lora((layer, "attn.lora_out"), y, block.attn_c_proj.add_to(x, y))
 
 
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """model.layers.rotate of x (N, H, D), with three passes over it instead of six."""
-    half = x.shape[-1] // 2
-    out = x * cos
-    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
-    out[..., half:].addcmul_(x[..., :half], sin[..., half:])
-    return out
+def _mlp(
+    layer: int, block: BlockWeights, x: Tensor, normed: Tensor, operators: PartOperators
+) -> Tensor:
+    """x + the MLP of `normed`; x may be changed in place."""
+    h = operators.add_lora_gelu((layer, "mlp.lora_fc"), normed, block.mlp_c_fc(normed))  # (N, 4C)
+    return operators.add_lora((layer, "mlp.lora_proj"), h, block.mlp_c_proj.add_to(x, h))

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -30,13 +31,16 @@ class PackedBatch:
             )
         self.starts = [0, *ends][:-1] if starts is None else list(starts)
         self.gaps = starts is not None
-        positions = torch.zeros(ids.shape[0], dtype=torch.int64)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        positions = torch.zeros(self.ids.shape[0], dtype=torch.int64)
         for start, length in zip(self.starts, self.lengths, strict=True):
             positions[start : start + length] = torch.arange(length)
-        self.positions = positions.to(ids.device)
-        self.groups = self._group_by_length()
+        return positions.to(self.ids.device)
 
-    def _group_by_length(self) -> list[tuple[int, slice | Tensor]]:
+    @cached_property
+    def groups(self) -> list[tuple[int, slice | Tensor]]:
         """(length, tokens) a group: the tokens as a slice where they stand together."""
         rows = defaultdict(list)
         for start, length in zip(self.starts, self.lengths, strict=True):

@@ -29,29 +29,49 @@ class Part:
         return state if self.places is None else state[self.places]
 
 
-def parts_of(batch: PackedBatch, lora: LoraBatch, max_tokens: int, align: int) -> Iterator[Part]:
-    """Parts of at most max_tokens real tokens, or of one sequence, in the batch's order.
+def parts_of(
+    batch: PackedBatch,
+    lora: LoraBatch,
+    max_tokens: int,
+    align: int = 1,
+    align_adapters: bool = True,
+) -> Iterator[Part]:
+    """Parts of about equal size, of at most max_tokens real tokens or of one sequence, in order.
 
-    Each adapter's tokens begin at a multiple of `align` and so does what follows them: matrix
-    kernels that are compiled for each number of rows then meet few numbers.
+    A part's tokens are a multiple of `align`, and with `align_adapters` each adapter's in it too:
+    matrix kernels that are compiled for each number of rows then meet few numbers.
     """
-    first = 0
-    for row, (start, length) in enumerate(zip(batch.starts, batch.lengths, strict=True)):
-        if row > first and start + length - batch.starts[first] > max_tokens:
-            yield _part(batch, lora, first, row, align)
-            first = row
-    if batch.lengths:
-        yield _part(batch, lora, first, len(batch.lengths), align)
+    for first, last in _cuts(batch, max_tokens):
+        yield _part(batch, lora, first, last, align, align_adapters)
 
 
-def _part(batch: PackedBatch, lora: LoraBatch, first: int, last: int, align: int) -> Part:
+def _cuts(batch: PackedBatch, max_tokens: int) -> Iterator[tuple[int, int]]:
+    """(first, last) sequence of each part: what is left is shared evenly by as few as can be."""
+    begins, first = [*batch.starts, batch.starts[-1] + batch.lengths[-1]], 0
+    while first < len(batch.lengths):
+        left = begins[-1] - begins[first]
+        most = begins[first] + max_tokens
+        share = begins[first] + left / -(-left // max_tokens)
+        last = first + 1
+        while last < len(batch.lengths) and begins[last + 1] <= most:
+            if abs(begins[last + 1] - share) > abs(begins[last] - share):
+                break
+            last += 1
+        yield first, last
+        first = last
+
+
+def _part(
+    batch: PackedBatch, lora: LoraBatch, first: int, last: int, align: int, align_adapters: bool
+) -> Part:
     lengths = batch.lengths[first:last]
     start = batch.starts[first]
     end = batch.starts[last - 1] + batch.lengths[last - 1]
     ids, own = batch.ids[start:end], lora.between(start, end)
-    if all(s.end % align == 0 for s in own.segments):
+    aligns = [align if align_adapters else 1 for _ in own.segments[1:]] + [align]
+    gaps, segments = _aligned(own.segments, aligns)
+    if segments[-1].end == end - start:
         return Part(start, end, PackedBatch(ids, lengths), own, None)
-    gaps, segments = _aligned(own.segments, align)
     shift = torch.repeat_interleave(
         torch.tensor(gaps), torch.tensor([s.end - s.start for s in own.segments])
     )
@@ -63,13 +83,13 @@ def _part(batch: PackedBatch, lora: LoraBatch, first: int, last: int, align: int
     return Part(start, end, PackedBatch(spread, lengths, starts), LoraBatch(segments), places)
 
 
-def _aligned(segments: list[Segment], align: int) -> tuple[list[int], list[Segment]]:
-    """By how many tokens each segment moves, and the segments with their gaps in them."""
+def _aligned(segments: list[Segment], aligns: list[int]) -> tuple[list[int], list[Segment]]:
+    """By how many tokens each segment moves, and the segments with the gaps after them in them."""
     gaps, moved = [], []
     gap = 0
-    for s in segments:
+    for s, align in zip(segments, aligns, strict=True):
         gaps.append(gap)
         begin = s.start + gap
-        gap += -(s.end - s.start) % align
+        gap += -(s.end + gap) % align
         moved.append(Segment(begin, s.end + gap, s.adapter))
     return gaps, moved
