@@ -48,7 +48,7 @@ class Segment:
 
 
 class LoraBatch:
-    """Which adapter each token of a packed batch belongs to: its segments, in token order."""
+    """Which adapter each token of a packed batch belongs to: its segments, end to end."""
 
     def __init__(self, segments: Sequence[Segment]) -> None:
         self.segments = list(segments)

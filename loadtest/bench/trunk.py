@@ -18,7 +18,7 @@ from model.config import LORA_SITES, GPTConfig
 from model.encoder import FINAL, Encoder
 from model.gpt import GPT
 from model.heads import pool
-from model.lora import AdapterWeights, LoraBatch
+from model.lora import AdapterWeights, LoraBatch, Segment
 from model.packed import PackedBatch
 from model.tokenizer import Tokenizer
 
@@ -153,7 +153,8 @@ class Trunk:
 
     def run_without_lora(self, rows: Rows) -> Tensor:
         """The same with no row's adapter looked at."""
-        return self.device_thread.submit(self._states, rows, LoraBatch([])).result()[1]
+        whole = [Segment(0, sum(rows.lengths), None)]
+        return self.device_thread.submit(self._states, rows, LoraBatch(whole)).result()[1]
 
     @torch.inference_mode()
     def embed(self, rows: Rows) -> Tensor:
