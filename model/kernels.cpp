@@ -57,9 +57,9 @@ inline __m512 gelu(__m512 x) {
   const __m512 end = _mm512_set1_ps(4.25f), one = _mm512_set1_ps(1.0f);
   const __m512 cut = _mm512_max_ps(_mm512_min_ps(x, end), _mm512_sub_ps(_mm512_setzero_ps(), end));
   const __m512 u = _mm512_mul_ps(cut, cut);
-  const float P[] = {0.797884822f,    -0.132901788f,   0.0198433716f,   -0.00231311796f,
-                     0.000210371189f, -1.46310449e-5f, 7.43402154e-7f,  -2.56555985e-8f,
-                     5.31510447e-10f, -4.94952516e-12f};
+  const float P[] = {0.797892809f, -0.132903114f, 0.0198435709f, -0.00231314101f,
+                     0.000210373299f, -1.46311913e-05f, 7.43409601e-07f, -2.56558543e-08f,
+                     5.31515776e-10f, -4.9495746e-12f};
   __m512 p = _mm512_set1_ps(P[9]);
   for (int i = 8; i >= 0; --i) p = _mm512_fmadd_ps(p, u, _mm512_set1_ps(P[i]));
   __m512 erf = _mm512_mul_ps(p, cut);
