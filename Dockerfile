@@ -20,6 +20,9 @@ RUN python3 -m venv /opt/trunkline \
  && pip install --constraint constraints.txt ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch \
  && DEVICE="$DEVICE" python -c "import os, torch; \
     assert os.environ['DEVICE'] == 'cpu' or torch.version.cuda, 'this torch has no CUDA'"
+# For the compiled operators; the runtime needs no compiler.
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 COPY pyproject.toml README.md LICENSE ./
 COPY model model
 COPY adapters adapters

@@ -64,7 +64,7 @@ def library() -> ctypes.CDLL | None:
 class CompiledOperators:
     """model.operators.Operators by the compiled library, each call on the thread that makes it."""
 
-    align, align_adapters = BF16_ROWS, False
+    name, align, align_adapters = "compiled", BF16_ROWS, False
 
     def __init__(self, compiled: ctypes.CDLL, config: GPTConfig) -> None:
         self.compiled = compiled

@@ -39,6 +39,7 @@ class Operators(Protocol):
     each adapter's too where `align_adapters`.
     """
 
+    name: str
     align: int
     align_adapters: bool
 
@@ -49,7 +50,7 @@ class Operators(Protocol):
 class TorchOperators:
     """In any dtype, on any device."""
 
-    align_adapters = True
+    name, align_adapters = "torch", True
 
     def __init__(self, config: GPTConfig, dtype: torch.dtype, device: torch.device) -> None:
         self.align = BF16_ROWS if device.type == "cpu" and dtype == torch.bfloat16 else 1

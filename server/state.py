@@ -27,6 +27,11 @@ class ServerState:
     engine: Engine = field(init=False)  # from the lifespan on: it needs the event loop
 
     @property
+    def operators(self) -> str:
+        """`compiled` or `torch`: what runs between the matrix products."""
+        return self.forward.encoder.operators.name
+
+    @property
     def dtype(self) -> str:
         return str(self.forward.encoder.dtype).removeprefix("torch.")
 

@@ -32,13 +32,14 @@ def run(plan: Plan, sections: Sequence[str]) -> Report:
     if plan.threads:
         torch.set_num_threads(plan.threads)
     torch.manual_seed(0)
+    trunk = Trunk(plan.shape.config(), plan.dtype)
     report = Report(
         dtype=str(plan.dtype).removeprefix("torch."),
         shape=plan.shape_name,
         threads=torch.get_num_threads(),
+        operators=trunk.encoder.operators.name,
         rounds=plan.sizes.rounds,
     )
-    trunk = Trunk(plan.shape.config(), plan.dtype)
     for name in sections:
         began = time.monotonic()
         print(f"{name} ...", end="", file=sys.stderr, flush=True)

@@ -156,7 +156,8 @@ def _announce(app: FastAPI, settings: Settings, port: int) -> None:
     adapter = f'"adapter": "{names[0]}", ' if names else ""
     shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
     click.echo(
-        f"trunkline {__version__}: {state.backbone.id}, {state.dtype} on {state.device}, at {url}"
+        f"trunkline {__version__}: {state.backbone.id}, {state.dtype} on {state.device} "
+        f"({state.operators} operators), at {url}"
     )
     click.echo(f"{count} adapters: {shown}" if names else "no adapters yet: the backbone alone")
     click.echo(

@@ -66,6 +66,7 @@ async def info(request: Request) -> Response:
             "config": backbone.config.to_dict(),
             "dtype": state.dtype,
             "device": state.device,
+            "operators": state.operators,
             "adapters": state.library.registry.count(),
             "slots": asdict(state.library.slots.stats()),
             "leases": state.library.leases.total,
