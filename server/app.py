@@ -39,14 +39,15 @@ def create_app(settings: Settings) -> FastAPI:
     """The application. What can't be served fails here, before anything listens.
 
     Raises BackboneError, BadKeys or TrunklineError, with a sentence, for a backbone folder, an
-    adapter folder, a keys file or a data folder that can't be used.
+    adapter folder, a keys file or a data folder that can't be used, Int8Unavailable for int8 where
+    it can't be.
     """
     if settings.threads:
         torch.set_num_threads(settings.threads)
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
     backbone = read_backbone(settings.backbone or DEMO_BACKBONE)
-    forward = Forward(backbone, dtype, device)
+    forward = Forward(backbone, dtype, device, int8=settings.dtype == "int8")
     library = _library(settings, backbone, forward)
     app = FastAPIOffline(  # /docs with scripts of its own: no other host is asked for them
         redoc_url=None, title="trunkline", version=__version__, lifespan=_lifespan

@@ -48,8 +48,10 @@ class Settings(BaseModel):
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N; auto prefers a GPU.")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Serving dtype; auto is bfloat16 where the device has it natively."
+    dtype: Literal["auto", "float32", "bfloat16", "int8"] = Field(
+        "auto",
+        description="Serving dtype; auto is bfloat16 where the device has it natively. int8 is "
+        "bfloat16 with the trunk's matrices in 8 bits.",
     )
     threads: int = Field(0, ge=0, description="CPU threads for the forward; 0 is one a core.")
     data_dir: Path | None = Field(

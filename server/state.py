@@ -33,7 +33,8 @@ class ServerState:
 
     @property
     def dtype(self) -> str:
-        return str(self.forward.encoder.dtype).removeprefix("torch.")
+        encoder = self.forward.encoder
+        return "int8" if encoder.int8 else str(encoder.dtype).removeprefix("torch.")
 
     @property
     def device(self) -> str:

@@ -18,6 +18,7 @@ from fastapi import FastAPI
 
 from adapters.errors import TrunklineError
 from model.checkpoint import BackboneError
+from model.quantized import Int8Unavailable
 from server import __version__
 from server.app import create_app
 from server.connection import Connection
@@ -63,7 +64,7 @@ def _serve(backbone: Path | None, config: Path | None, **flags: Any) -> None:
         configure_logs(settings.log_level)
         app = create_app(settings)
         _refuse_open_door(settings, app.state.keys)
-    except (BadSettings, BadKeys, BackboneError, TrunklineError) as error:
+    except (BadSettings, BadKeys, BackboneError, Int8Unavailable, TrunklineError) as error:
         raise click.ClickException(str(error)) from error
     server = DrainingServer(
         uvicorn.Config(

@@ -131,7 +131,10 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the device computes in it natively, else float32."""
+    """`auto` is bfloat16 where the device computes in it natively, else float32.
+
+    Beside int8 the rest of the forward is in bfloat16.
+    """
     if name != "auto":
         return torch.float32 if name == "float32" else torch.bfloat16
     if device.type == "cuda":

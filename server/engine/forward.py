@@ -27,9 +27,11 @@ States = Mapping[int, Tensor]
 class Forward:
     """The resident trunk with its own heads. Used by the device thread alone."""
 
-    def __init__(self, backbone: Backbone, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, backbone: Backbone, dtype: torch.dtype, device: torch.device, int8: bool = False
+    ) -> None:
         self.backbone, self.config = backbone, backbone.config
-        self.encoder = Encoder(self.config, backbone.tensors, dtype, device)
+        self.encoder = Encoder(self.config, backbone.tensors, dtype, device, int8=int8)
         heads = {
             name: tensor.to(device, torch.float32)
             for name, tensor in backbone.tensors.items()
