@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model.config import MAIN_MATRICES, GPTConfig
-from model.kernels import CompiledOperators
+from model.kernels import HEAD_DIMS, CompiledOperators
 from model.lora import LoraBatch
 from model.operators import Operators, PartOperators, TorchOperators
 from model.packed import PackedBatch
 from model.parts import Part, parts_of
+from model.quantized import Int8Unavailable, Linear8
 
 FINAL = 0  # key of the state after ln_f; the state after block l has the key l, from 1
 
@@ -66,10 +67,10 @@ def _packed(weight: Tensor) -> Tensor | None:
 
 @dataclass(frozen=True)
 class BlockWeights:
-    attn_c_attn: Linear
-    attn_c_proj: Linear
-    mlp_c_fc: Linear
-    mlp_c_proj: Linear
+    attn_c_attn: Linear | Linear8
+    attn_c_proj: Linear | Linear8
+    mlp_c_fc: Linear | Linear8
+    mlp_c_proj: Linear | Linear8
     ln_1: tuple[Tensor, Tensor | None]
     ln_2: tuple[Tensor, Tensor | None]
 
@@ -79,7 +80,8 @@ class Encoder:
 
     tensors are those of a backbone folder (model.checkpoint), by name; they are cast to `dtype`
     once. A matrix that all layers share is held once. Without `compiled` torch's operators are
-    used where compiled ones could be.
+    used where compiled ones could be. With `int8` the four matrices are in 8 bits (Linear8);
+    raises Int8Unavailable where that can't be.
     """
 
     def __init__(
@@ -89,10 +91,16 @@ class Encoder:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         compiled: bool = True,
+        int8: bool = False,
     ) -> None:
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
+        operators = (
+            CompiledOperators.where_possible(config, dtype, self.device) if compiled else None
+        )
+        self.operators: Operators = operators or TorchOperators(config, dtype, self.device)
+        self.int8 = int8
         self._placed: dict[str, Tensor] = {}
-        self._linears: dict[str, Linear] = {}
+        self._linears: dict[str, Linear | Linear8] = {}
         self.threads = torch.get_num_threads() if self.device.type == "cpu" else 1
         self._workers = ThreadPoolExecutor(
             self.threads, "encoder", initializer=torch.set_num_threads, initargs=(1,)
@@ -103,10 +111,6 @@ class Encoder:
         self.wte = tensors["transformer.wte.weight"].to(self.device, torch.float32)
         cls_embedding = tensors.get("cls_embedding")
         self.cls_embedding = None if cls_embedding is None else cls_embedding.to(self.wte)
-        operators = (
-            CompiledOperators.where_possible(config, dtype, self.device) if compiled else None
-        )
-        self.operators: Operators = operators or TorchOperators(config, dtype, self.device)
 
     def _place(self, tensors: Mapping[str, Tensor], name: str) -> Tensor:
         if name not in self._placed:
@@ -117,10 +121,21 @@ class Encoder:
         bias = self._place(tensors, f"{name}.bias") if self.config.bias else None
         return self._place(tensors, f"{name}.weight"), bias
 
-    def _linear(self, tensors: Mapping[str, Tensor], name: str) -> Linear:
+    def _linear(self, tensors: Mapping[str, Tensor], name: str) -> Linear | Linear8:
         if name not in self._linears:
-            self._linears[name] = Linear(*self._pair(tensors, name))
+            self._linears[name] = (
+                self._linear8(tensors, name) if self.int8 else Linear(*self._pair(tensors, name))
+            )
         return self._linears[name]
+
+    def _linear8(self, tensors: Mapping[str, Tensor], name: str) -> Linear8:
+        if not isinstance(self.operators, CompiledOperators):
+            raise Int8Unavailable(
+                "int8 needs the compiled operators: a CPU with AVX-512's VNNI and bfloat16, a C++ "
+                f"compiler at install, heads of {', '.join(map(str, HEAD_DIMS))} components"
+            )
+        bias = tensors[f"{name}.bias"] if self.config.bias else None
+        return Linear8.of(self.operators.compiled, tensors[f"{name}.weight"], bias)
 
     def _block(self, tensors: Mapping[str, Tensor], layer: int) -> BlockWeights:
         home = "shared" if self.config.share_main_matrices else f"transformer.h.{layer}"

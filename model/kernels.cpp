@@ -4,7 +4,8 @@
 // Called through model/kernels.py, which checks shapes and says what each argument is; equal to
 // model/layers.py up to rounding, which the tests hold it against. Everything is read and written
 // as bfloat16 and computed in float32, rounded once at the end. Arrays are row-major. No function
-// keeps state, so that threads may call them side by side.
+// keeps state, so that threads may call them side by side. Built without GCC's partial redundancy
+// elimination, which writes sums that are in registers to memory too (int8: half the speed).
 
 #include <immintrin.h>
 #include <math.h>
@@ -12,11 +13,21 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <utility>
+
 namespace {
 
 typedef uint16_t bf16;
 
 const int LANES = 16;  // float32 in a register; a register of bfloat16 has twice as many
+
+// f(0) to f(N - 1), written out: arrays of sums then are registers, which they are not in a loop.
+template <int N, class F>
+inline __attribute__((always_inline)) void each(F f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+    (f(std::integral_constant<int, I>()), ...);
+  }(std::make_integer_sequence<int, N>());
+}
 
 inline __m512bh as_bh(__m512i v) { return (__m512bh)v; }
 
@@ -113,22 +124,22 @@ const int QUERIES = 6, BLOCKS = 4;  // 24 sums, 4 operands, 1 broadcast: of 32 r
 
 inline int64_t up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
-// sums[m][b] += rows[m] (pairs, broadcast) . columns (pairs, stride) at block b
+// sums[m][b] = rows[m] (pairs, broadcast) . columns (pairs, stride) at block b
 template <int M, int B>
-inline void multiply(const uint32_t* rows, int64_t row_stride, const uint32_t* columns,
-                     int64_t column_stride, int64_t pairs, __m512 sums[M][B]) {
-  for (int m = 0; m < M; ++m)
-    for (int b = 0; b < B; ++b) sums[m][b] = _mm512_setzero_ps();
+inline __attribute__((always_inline)) void multiply(const uint32_t* rows, int64_t row_stride,
+                                                    const uint32_t* columns, int64_t column_stride,
+                                                    int64_t pairs, __m512 sums[M][B]) {
+  __m512 held[M][B];
+  each<M>([&](auto m) { each<B>([&](auto b) { held[m][b] = _mm512_setzero_ps(); }); });
   for (int64_t p = 0; p < pairs; ++p) {
     __m512i column[B];
-    for (int b = 0; b < B; ++b)
-      column[b] = _mm512_loadu_si512(columns + p * column_stride + b * LANES);
-    for (int m = 0; m < M; ++m) {
+    each<B>([&](auto b) { column[b] = _mm512_loadu_si512(columns + p * column_stride + b * LANES); });
+    each<M>([&](auto m) {
       const __m512i pair = _mm512_set1_epi32(rows[m * row_stride + p]);
-      for (int b = 0; b < B; ++b)
-        sums[m][b] = _mm512_dpbf16_ps(sums[m][b], as_bh(pair), as_bh(column[b]));
-    }
+      each<B>([&](auto b) { held[m][b] = _mm512_dpbf16_ps(held[m][b], as_bh(pair), as_bh(column[b])); });
+    });
   }
+  each<M>([&](auto m) { each<B>([&](auto b) { sums[m][b] = held[m][b]; }); });
 }
 
 // 2^x for x <= 0, to 4e-6 of the value; 0 for what is too small
@@ -335,22 +346,21 @@ inline __m256 sums_of(const __m512 x[GROUP]) {
 template <int M>
 inline void shrink(const bf16* x, int64_t in, const bf16* a, int64_t ranks, bf16* low, int64_t low_stride) {
   __m512 sums[M][GROUP];
-  for (int m = 0; m < M; ++m)
-    for (int r = 0; r < GROUP; ++r) sums[m][r] = _mm512_setzero_ps();
+  each<M>([&](auto m) { each<GROUP>([&](auto r) { sums[m][r] = _mm512_setzero_ps(); }); });
   for (int64_t i = 0; i < in; i += 2 * LANES) {
     __m512i row[M];
-    for (int m = 0; m < M; ++m) row[m] = _mm512_loadu_si512(x + m * in + i);
-    for (int r = 0; r < GROUP; ++r) {
+    each<M>([&](auto m) { row[m] = _mm512_loadu_si512(x + m * in + i); });
+    each<GROUP>([&](auto r) {
       // a rank that is not there repeats the last: it is cut off below
       const __m512i column = _mm512_loadu_si512(a + (r < ranks ? r : ranks - 1) * in + i);
-      for (int m = 0; m < M; ++m) sums[m][r] = _mm512_dpbf16_ps(sums[m][r], as_bh(row[m]), as_bh(column));
-    }
+      each<M>([&](auto m) { sums[m][r] = _mm512_dpbf16_ps(sums[m][r], as_bh(row[m]), as_bh(column)); });
+    });
   }
   const __mmask8 there = ranks >= GROUP ? 0xff : (1 << ranks) - 1;
-  for (int m = 0; m < M; ++m) {
+  each<M>([&](auto m) {
     const __m256 whole = _mm256_maskz_mov_ps(there, sums_of(sums[m]));
     _mm_storeu_si128((__m128i*)(low + m * low_stride), (__m128i)_mm256_cvtneps_pbh(whole));
-  }
+  });
 }
 
 // b (ranks, out) as (out / 32, pairs of ranks, 2, 16): the even and the odd ones of 32 outputs
@@ -371,24 +381,28 @@ template <int M, int P, bool GELU>
 inline void expand(const uint32_t* low, const uint32_t* b, int64_t any_pairs, bf16* y, int64_t out) {
   const int64_t pairs = P ? P : any_pairs;
   __m512i held[M][P ? P : 1];
-  if (P)
-    for (int m = 0; m < M; ++m)
-      for (int p = 0; p < P; ++p) held[m][p] = _mm512_set1_epi32(low[m * pairs + p]);
+  each<M>([&](auto m) { each<P>([&](auto p) { held[m][p] = _mm512_set1_epi32(low[m * pairs + p]); }); });
   for (int64_t o = 0; o < out; o += 2 * LANES, b += pairs * 2 * LANES) {
     Pair sums[M];
-    for (int m = 0; m < M; ++m) sums[m] = load(y + m * out + o);
-    for (int64_t p = 0; p < pairs; ++p) {
+    each<M>([&](auto m) { sums[m] = load(y + m * out + o); });
+    const auto add = [&](int64_t p, auto pair_of) {
       const __m512bh even = as_bh(_mm512_loadu_si512(b + p * 2 * LANES));
       const __m512bh odd = as_bh(_mm512_loadu_si512(b + p * 2 * LANES + LANES));
-      for (int m = 0; m < M; ++m) {
-        const __m512bh pair = as_bh(P ? held[m][P ? p : 0] : _mm512_set1_epi32(low[m * pairs + p]));
-        sums[m] = {_mm512_dpbf16_ps(sums[m].even, pair, even), _mm512_dpbf16_ps(sums[m].odd, pair, odd)};
-      }
-    }
-    for (int m = 0; m < M; ++m) {
+      each<M>([&](auto m) {
+        const __m512bh pair = as_bh(pair_of(m));
+        sums[m].even = _mm512_dpbf16_ps(sums[m].even, pair, even);
+        sums[m].odd = _mm512_dpbf16_ps(sums[m].odd, pair, odd);
+      });
+    };
+    if constexpr (P > 0)
+      each<P>([&](auto p) { add(p, [&](auto m) { return held[m][p]; }); });
+    else
+      for (int64_t p = 0; p < pairs; ++p)
+        add(p, [&](auto m) { return _mm512_set1_epi32(low[m * pairs + p]); });
+    each<M>([&](auto m) {
       if (GELU) sums[m] = {gelu(sums[m].even), gelu(sums[m].odd)};
       store(y + m * out + o, sums[m]);
-    }
+    });
   }
 }
 
@@ -416,6 +430,94 @@ void shrink_rows(const bf16* x, int64_t in, const bf16* a, int64_t ranks, bf16* 
     for (; n + 3 <= rows; n += 3)
       shrink<3>(x + n * in, in, from, ranks - r, low + n * low_stride + r, low_stride);
     for (; n < rows; ++n) shrink<1>(x + n * in, in, from, ranks - r, low + n * low_stride + r, low_stride);
+  }
+}
+
+// --- int8 ----------------------------------------------------------------------------------------
+// y = x W^T + b with x rounded to 8 bits row by row and W to 8 bits output by output:
+//   x = step (q - zero), q 0..255;  W = scale w, w -127..127
+//   y = step scale (sum q w - zero sum w) + b
+// The product takes quads: one int32 of the sum gets four q w. Weights are laid out in panels of
+// PANEL outputs, (in / 4, PANEL) quads each.
+
+const int PANEL = BLOCKS * LANES;
+
+void quantize_row(const bf16* x, int64_t in, uint8_t* q, float* step, int32_t* zero) {
+  __m512 least = _mm512_setzero_ps(), most = least;  // 0 is always representable
+  __mmask16 not_a_number = 0;                          // min and max pass over it
+  for (int64_t i = 0; i < in; i += 2 * LANES) {
+    const Pair v = load(x + i);
+    not_a_number |= _mm512_cmp_ps_mask(v.even, v.odd, _CMP_UNORD_Q);
+    least = _mm512_min_ps(least, _mm512_min_ps(v.even, v.odd));
+    most = _mm512_max_ps(most, _mm512_max_ps(v.even, v.odd));
+  }
+  const float low = _mm512_reduce_min_ps(least), high = _mm512_reduce_max_ps(most);
+  const float size = high > low ? (high - low) / 255.0f : 1.0f;
+  if (not_a_number || !(size <= 3.4e38f)) {  // every output of the row is to be NaN
+    *step = NAN;
+    *zero = 0;
+    memset(q, 0, in);
+    return;
+  }
+  *step = size;
+  *zero = (int32_t)lrintf(-low / size);
+  const __m512 rate = _mm512_set1_ps(1.0f / size);
+  const __m512i shift = _mm512_set1_epi32(*zero);
+  for (int64_t i = 0; i < in; i += LANES) {
+    const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(load16(x + i), rate));
+    const __m512i shifted = _mm512_max_epi32(_mm512_add_epi32(whole, shift), _mm512_setzero_si512());
+    _mm_storeu_si128((__m128i*)(q + i), _mm512_cvtusepi32_epi8(shifted));
+  }
+}
+
+struct Weights8 {
+  int64_t in, out;
+  const uint32_t* panels;  // (out / PANEL, in / 4, PANEL) quads
+  const float* scales;     // (out,)
+  const int32_t* sums;     // (out,)
+  const bf16* bias;        // (out,) or 0
+};
+
+// M rows of y, PANEL of their outputs from `at`; with ADD they are added to what is there
+template <int M, bool ADD>
+inline void multiply8(const uint8_t* q, const float* steps, const int32_t* zeros, const Weights8& w,
+                      int64_t at, bf16* y) {
+  const uint32_t* panel = w.panels + at * (w.in / 4);
+  __m512i sums[M][BLOCKS];
+  each<M>([&](auto m) { each<BLOCKS>([&](auto b) { sums[m][b] = _mm512_setzero_si512(); }); });
+  for (int64_t p = 0; p < w.in / 4; ++p) {
+    __m512i column[BLOCKS];
+    each<BLOCKS>([&](auto b) { column[b] = _mm512_loadu_si512(panel + p * PANEL + b * LANES); });
+    each<M>([&](auto m) {
+      int32_t quad;
+      memcpy(&quad, q + m * w.in + 4 * p, 4);
+      const __m512i row = _mm512_set1_epi32(quad);
+      each<BLOCKS>([&](auto b) { sums[m][b] = _mm512_dpbusd_epi32(sums[m][b], row, column[b]); });
+    });
+  }
+  each<BLOCKS>([&](auto b) {
+    const int64_t o = at + b * LANES;
+    const __m512 scale = _mm512_loadu_ps(w.scales + o);
+    const __m512i all = _mm512_loadu_si512(w.sums + o);
+    const __m512 bias = w.bias ? load16(w.bias + o) : _mm512_setzero_ps();
+    each<M>([&](auto m) {
+      const __m512i off = _mm512_mullo_epi32(all, _mm512_set1_epi32(zeros[m]));
+      const __m512 exact = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums[m][b], off));
+      __m512 value = _mm512_fmadd_ps(exact, _mm512_mul_ps(scale, _mm512_set1_ps(steps[m])), bias);
+      if (ADD) value = _mm512_add_ps(value, load16(y + m * w.out + o));
+      store16(y + m * w.out + o, value);
+    });
+  });
+}
+
+template <bool ADD>
+void multiply8_rows(const uint8_t* q, const float* steps, const int32_t* zeros, const Weights8& w,
+                    bf16* y, int64_t rows) {
+  for (int64_t at = 0; at < w.out; at += PANEL) {  // a panel stays in cache for all rows
+    int64_t n = 0;
+    for (; n + QUERIES <= rows; n += QUERIES)
+      multiply8<QUERIES, ADD>(q + n * w.in, steps + n, zeros + n, w, at, y + n * w.out);
+    for (; n < rows; ++n) multiply8<1, ADD>(q + n * w.in, steps + n, zeros + n, w, at, y + n * w.out);
   }
 }
 
@@ -478,6 +580,23 @@ API int trunkline_lora(const bf16* x, int64_t in, bf16* y, int64_t out, int64_t 
       gelu_row(to, rows * out);
     }
   }
+  free(scratch);
+  return 0;
+}
+
+// y (rows, out) = x (rows, in) W^T + bias, or added to y where `add`, in 8 bits. panels, scales and
+// sums are those of Weights8; in a multiple of 32, out of 64. Not 0: there was no memory.
+API int trunkline_linear8(const bf16* x, int64_t rows, int64_t in, int64_t out, const uint32_t* panels,
+                          const float* scales, const int32_t* sums, const bf16* bias, int add, bf16* y) {
+  const int64_t steps_at = up(rows * in, 64), zeros_at = up(steps_at + rows * 4, 64);
+  char* scratch = (char*)aligned_alloc(64, up(zeros_at + rows * 4, 64));
+  if (!scratch) return 1;
+  uint8_t* q = (uint8_t*)scratch;
+  float* steps = (float*)(scratch + steps_at);
+  int32_t* zeros = (int32_t*)(scratch + zeros_at);
+  for (int64_t n = 0; n < rows; ++n) quantize_row(x + n * in, in, q + n * in, steps + n, zeros + n);
+  const Weights8 weights = {in, out, panels, scales, sums, bias};
+  (add ? multiply8_rows<true> : multiply8_rows<false>)(q, steps, zeros, weights, y, rows);
   free(scratch);
   return 0;
 }

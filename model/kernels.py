@@ -39,6 +39,10 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
         *(_pointer, _int, _pointer, _int, _int),
         *(_pointer, _pointer, _pointer, _pointer, _pointer, ctypes.c_int),
     ),
+    "trunkline_linear8": (
+        *(_pointer, _int, _int, _int),
+        *(_pointer, _pointer, _pointer, _pointer, ctypes.c_int, _pointer),
+    ),
 }
 
 
@@ -49,7 +53,9 @@ def library() -> ctypes.CDLL | None:
     A call into it lets other Python threads run.
     """
     spec = find_spec(LIBRARY)
-    if spec is None or spec.origin is None or not torch.cpu._is_avx512_bf16_supported():
+    capabilities = torch.cpu.get_capabilities()
+    able = capabilities.get("avx512_bf16") and capabilities.get("avx512_vnni")
+    if spec is None or spec.origin is None or not able:
         return None
     try:
         loaded = ctypes.CDLL(spec.origin)
