@@ -71,7 +71,7 @@ def test_other_programs_variables_are_none_of_ours(monkeypatch: pytest.MonkeyPat
         ("prot = 1\n", "setting prot: "),
         ("port = 70000\n", "setting port: .*65535"),
         ('port = "many"\n', "setting port: "),
-        ('dtype = "int8"\n', "setting dtype: .*'auto', 'float32' or 'bfloat16'"),
+        ('dtype = "int4"\n', "setting dtype: .*'auto', 'float32', 'bfloat16' or 'int8'"),
         ("receive_timeout_s = 0\n", "setting receive_timeout_s: "),
         ("receive_timeout_s = nan\n", "setting receive_timeout_s: "),
         ("port = \n", r"settings file .*bad\.toml: "),
@@ -129,7 +129,7 @@ def test_the_command_line_shows_every_setting_with_its_help() -> None:
         (["--prot", "1"], {}, "--prot"),
         (["--port", "many"], {}, "'many' is not a valid integer"),
         (["--port", "70000"], {}, "setting port"),
-        (["--dtype", "int8"], {}, "'int8' is not one of"),
+        (["--dtype", "int4"], {}, "'int4' is not one of"),
         ([], {"TRUNKLINE_PROT": "1"}, "setting prot"),
         (["--config", "nowhere.toml"], {}, "nowhere.toml"),
         (["nowhere"], {}, "nowhere is not a backbone folder"),
@@ -163,3 +163,14 @@ def test_shares_in_the_environment_are_json(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("TRUNKLINE_FAIR_SHARES", "acme=3")
     with pytest.raises(BadSettings, match="fair_shares"):
         load_settings({})
+
+
+def test_int8_where_it_cannot_be_ends_the_command_with_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("model.kernels.library", lambda: None)
+    environment = {"TRUNKLINE_DATA_DIR": str(tmp_path)}
+    result = CliRunner().invoke(main, ["serve", "--dtype", "int8"], env=environment)
+    assert result.exit_code == 1
+    assert "int8 needs the compiled operators" in result.output
+    assert "Traceback" not in result.output
