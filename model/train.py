@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from model.batches import Batch, Batches, Example
+from model.config import MAIN_MATRICES
+from model.gpt import GPT
 from model.objective import Objective
 
 CHECKPOINT_FILE = "checkpoint.pt"
@@ -42,6 +44,7 @@ class Settings:
     betas: tuple[float, float] = (0.9, 0.98)
     clip_norm: float = 1.0
     seed: int = 0
+    muon: bool = False  # for the blocks' matrices
     bf16: bool = True
     checkpoint_every: int = 200  # steps
 
@@ -73,6 +76,60 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     return peak * (LEAST_RATE + (1 - LEAST_RATE) * (1 + math.cos(math.pi * done)) / 2)
 
 
+class Optimizers:
+    """AdamW, and Muon for the matrices that it is for: as one."""
+
+    def __init__(self, objective: Objective, settings: Settings) -> None:
+        """AdamW has the GPT's own groups, and one for the objective's head.
+
+        Muon (Jordan et al. 2024) takes the blocks' main matrices, its steps scaled to AdamW's size
+        (Liu et al. 2025, section 2.2), so that one learning rate serves both.
+        """
+        gpt = objective.gpt
+        main = {id(gpt.get_parameter(name)): gpt.get_parameter(name) for name in _main(gpt)}
+        matrices = [p for p in main.values() if p.requires_grad] if settings.muon else []
+        for matrix in matrices:
+            matrix.requires_grad_(False)  # not AdamW's
+        adamw = gpt.configure_optimizers(
+            settings.weight_decay, settings.learning_rate, settings.betas
+        )
+        for matrix in matrices:
+            matrix.requires_grad_(True)
+        ours = {id(p) for p in gpt.parameters()}
+        head = [p for p in objective.parameters() if id(p) not in ours]
+        if head:
+            adamw.add_param_group({"params": head, "weight_decay": settings.weight_decay})
+        self.all: list[torch.optim.Optimizer] = [adamw]
+        if matrices:
+            muon = torch.optim.Muon(
+                matrices,
+                settings.learning_rate,
+                settings.weight_decay,
+                adjust_lr_fn="match_rms_adamw",
+            )
+            self.all.append(muon)
+
+    def step(self, rate: float) -> None:
+        """A step at this learning rate, and the gradients away."""
+        for optimizer in self.all:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        return [optimizer.state_dict() for optimizer in self.all]
+
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        for optimizer, state in zip(self.all, states, strict=True):
+            optimizer.load_state_dict(state)
+
+
+def _main(gpt: GPT) -> list[str]:
+    layers = range(gpt.config.n_layer)
+    return [f"transformer.h.{layer}.{path}.weight" for layer in layers for path in MAIN_MATRICES]
+
+
 def train(
     objective: Objective,
     examples: Sequence[Example],
@@ -90,7 +147,7 @@ def train(
     """
     batches = Batches(examples, settings.batch_tokens, settings.seed)
     steps = batches.steps(settings.epochs)
-    optimizer = _optimizer(objective, settings)
+    optimizer = Optimizers(objective, settings)
     run.mkdir(parents=True, exist_ok=True)
     whole = dict(identity) | settings.identity()
     done = _resume(objective, optimizer, run, whole)
@@ -110,7 +167,7 @@ def train(
 
 def _step(
     objective: Objective,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizers,
     batch: Batch,
     settings: Settings,
     number: int,
@@ -118,17 +175,13 @@ def _step(
 ) -> Step:
     begin = time.perf_counter()
     torch.manual_seed(_seed_of(settings.seed, number))
-    rate = learning_rate(number, steps, settings.learning_rate, settings.warmup)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
     loss, parts = loss_of(objective, batch, number / steps, settings.bf16)
     if not torch.isfinite(loss):
         raise RunError(f"the loss of step {number} is {loss.item()}: try a lower learning rate")
     loss.backward()  # type: ignore[no-untyped-call]
     trained = [p for p in objective.parameters() if p.grad is not None]
     torch.nn.utils.clip_grad_norm_(trained, settings.clip_norm)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.step(learning_rate(number, steps, settings.learning_rate, settings.warmup))
     seconds = time.perf_counter() - begin
     return Step(number, steps, loss.item(), parts, batch.tokens, round(seconds, 4))
 
@@ -146,21 +199,9 @@ def _seed_of(seed: int, step: int) -> int:
     return int.from_bytes(raw, "little") >> 1
 
 
-def _optimizer(objective: Objective, settings: Settings) -> torch.optim.Optimizer:
-    """AdamW: the GPT's own groups, and one for the objective's head."""
-    optimizer = objective.gpt.configure_optimizers(
-        settings.weight_decay, settings.learning_rate, settings.betas
-    )
-    ours = {id(p) for p in objective.gpt.parameters()}
-    head = [p for p in objective.parameters() if id(p) not in ours]
-    if head:
-        optimizer.add_param_group({"params": head, "weight_decay": settings.weight_decay})
-    return optimizer
-
-
 def _save(
     objective: Objective,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizers,
     run: Path,
     identity: Mapping[str, Any],
     step: int,
@@ -179,7 +220,7 @@ def _save(
 
 def _resume(
     objective: Objective,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizers,
     run: Path,
     identity: Mapping[str, Any],
 ) -> int:

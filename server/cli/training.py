@@ -23,6 +23,9 @@ def training_options(epochs: float, rate: float) -> Callable[[Any], Any]:
         click.option("--epochs", default=epochs, help="May grow when a run goes on."),
         click.option("--batch-tokens", default=4096, help="Tokens in a batch, with padding."),
         click.option("--learning-rate", default=rate, help="At its peak."),
+        click.option(
+            "--muon", is_flag=True, help="Muon for the trunk's matrices, AdamW for the rest."
+        ),
         click.option("--seed", default=0),
         click.option("--checkpoint-every", default=200, help="Steps."),
         click.option("--critic-start", default=0.5, help="Share of training before its critic."),
@@ -61,6 +64,7 @@ def run_training(
         batch_tokens=options["batch_tokens"],
         learning_rate=options["learning_rate"],
         seed=options["seed"],
+        muon=options["muon"],
         checkpoint_every=options["checkpoint_every"],
         bf16=not options["float32"],
     )

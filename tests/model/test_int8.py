@@ -14,7 +14,7 @@ from model.encoder import FINAL, Encoder
 from model.kernels import library
 from model.lora import AdapterWeights, LoraBatch
 from model.packed import PackedBatch
-from model.quantized import LARGEST, Int8Unavailable, Linear8
+from model.quantized import Int8Unavailable, Linear8
 
 ROUNDING = 2.0**-8  # the most that one rounding to bfloat16 moves a value, of it
 COSINE = 0.995  # of pooled rows to float32's, on average
@@ -30,10 +30,6 @@ def a_layer(out: int, into: int, biased: bool = True) -> tuple[Linear8, Tensor, 
     loaded = library()
     assert loaded is not None
     return Linear8.of(loaded, weight, bias), weight, bias
-
-
-def in_8_bits(x: Tensor, levels: tuple[int, int], step: Tensor, zero: Tensor | float) -> Tensor:
-    return ((x / step).round() + zero).clamp(*levels) - zero
 
 
 @compiled
@@ -52,11 +48,13 @@ def test_a_product_is_that_of_rows_and_weights_rounded_to_8_bits(
     torch.manual_seed(seed)
     layer, weight, bias = a_layer(out, into, biased)
     x = (torch.randn(rows, into) + middle).bfloat16()
-    scale = weight.abs().amax(1, keepdim=True).double() / LARGEST
-    w = in_8_bits(weight.double(), (-LARGEST, LARGEST), scale, 0.0) * scale
+    w = layer.panels.transpose(1, 2).reshape(out, into).double() * layer.scales[:, None].double()
+    assert ((w - weight).abs() <= 0.5001 * layer.scales[:, None]).all()
     low, high = x.double().amin(1).clamp(max=0), x.double().amax(1).clamp(min=0)
     step = (high - low)[:, None] / 255
-    exact = in_8_bits(x.double(), (0, 255), step, (-low[:, None] / step).round()) * step @ w.t()
+    zero = (-low[:, None] / step).round()
+    levels = ((x.double() / step).round() + zero).clamp(0, 255) - zero
+    exact = levels * step @ w.t()
     if bias is not None:
         exact = exact + bias.double()
     # A value in the middle of two steps may go to either.
