@@ -1,6 +1,7 @@
 """Results to answers: JSON rows, raw float32, safetensors."""
 
 import base64
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ class EmbeddingForm:
         cut = pooled[: self.dimensions]
         if not self.normalize:
             return np.ascontiguousarray(cut)
-        norm = np.linalg.norm(cut)
+        norm = math.sqrt(np.dot(cut, cut))
         return np.ascontiguousarray(cut / norm if norm > 0 else cut)
 
     def sent(self, pooled: Floats) -> Floats | str:

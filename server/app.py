@@ -24,6 +24,7 @@ from server.engine.engine import Engine, choose_device, choose_dtype
 from server.engine.forward import Forward
 from server.errors import STATUS, RequestError, error_body, openai_error_body
 from server.guard import Guard
+from server.hot import HotRoutes
 from server.keys import KeyRing
 from server.metrics import Metrics
 from server.middleware import RequestContext
@@ -32,6 +33,12 @@ from server.settings import Settings, default_data_dir
 from server.state import ServerState
 
 DEMO_BACKBONE = Path(model.__file__).parent / "demo"
+HOT = {
+    "/encode": encode.encode,
+    "/critic": critic.critic,
+    "/classify": critic.classify,
+    "/v1/embeddings": openai.embeddings,
+}
 CLIENT_LEFT = 499  # nobody reads it; the log and the metrics show it
 
 
@@ -57,14 +64,14 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.server.metrics.watch_residency(lambda: _residency(library))
     keys = settings.keys or (settings.data_dir or default_data_dir()) / "keys.json"
     app.state.keys = KeyRing(keys)
-    app.add_middleware(Guard, keys=app.state.keys)
-    app.add_middleware(RequestContext, metrics=app.state.server.metrics)
     for routes in (encode, critic, openai, vllm, tokens, adapters, ops):
         app.include_router(routes.router)
     app.add_exception_handler(TrunklineError, _refused)
     app.add_exception_handler(HTTPException, _refused_by_router)
     app.add_exception_handler(ClientDisconnect, _client_left)
     app.add_exception_handler(Exception, _broken)
+    hot = HotRoutes(app.build_middleware_stack(), HOT, app.exception_handlers)
+    app.middleware_stack = RequestContext(Guard(hot, app.state.keys), app.state.server.metrics)
     return app
 
 

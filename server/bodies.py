@@ -9,6 +9,7 @@ import jiter
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
+from server.connection import CLIENT, Client
 from server.errors import RequestError
 
 # A body beyond this is parsed in a worker thread, so that the event loop answers meanwhile.
@@ -46,19 +47,30 @@ def check_json_headers(request: Request, max_bytes: int) -> None:
 
 
 async def _read(request: Request, max_bytes: int, timeout_s: float) -> bytes:
-    parts: list[bytes] = []
-    size = 0
+    client: Client | None = request.scope.get(CLIENT)
     try:
+        if client is not None and client.sent_all:  # nothing to wait for
+            return await _read_all(request, max_bytes)
         async with asyncio.timeout(timeout_s):
-            async for part in request.stream():
-                size += len(part)
-                if size > max_bytes:
-                    raise _too_large(max_bytes)
-                parts.append(part)
+            return await _read_all(request, max_bytes)
     except TimeoutError as error:
         raise RequestError("receive_timeout", f"the body took over {timeout_s:g} s") from error
     except ClientDisconnect as error:
         raise RequestError("malformed_json", "the client left before its body was there") from error
+
+
+async def _read_all(request: Request, max_bytes: int) -> bytes:
+    parts: list[bytes] = []
+    size, more = 0, True
+    while more:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        part, more = message.get("body", b""), message.get("more_body", False)
+        size += len(part)
+        if size > max_bytes:
+            raise _too_large(max_bytes)
+        parts.append(part)
     return b"".join(parts)
 
 

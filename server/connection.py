@@ -6,6 +6,8 @@ import json
 import re
 import sys
 import uuid
+from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import httptools
@@ -15,7 +17,24 @@ from server.errors import STATUS, RequestError, error_body
 
 MAX_HEADER_BYTES = 64 << 10
 HEADER_TIMEOUT_S = 10.0
+CLIENT = "trunkline.client"  # of a scope: its Client
 _LINE = re.compile(rb"[A-Z]+ /[!-~]* HTTP/1\.[01]\r\n")  # a request, whatever its method
+
+
+class Client:
+    """A request's client: whether it sent its whole body, whether it is gone.
+
+    `left` is called once if it goes before it has its answer.
+    """
+
+    def __init__(self) -> None:
+        self.sent_all = self.gone = False
+        self.left: Callable[[], object] | None = None
+
+    def leave(self) -> None:
+        self.gone = True
+        if self.left is not None:
+            self.left()
 
 
 class Connection(HttpToolsProtocol):
@@ -28,11 +47,15 @@ class Connection(HttpToolsProtocol):
         self._start = b""
         self._head_bytes = 0  # of a head that is not whole yet
         self._head_timer: asyncio.TimerHandle | None = None
+        self._client = Client()  # of the request that is being read
+        self._clients: deque[Client] = deque()  # of those that are not answered
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._head_is_there()
         super().connection_lost(exc)
+        for client in self._clients:
+            client.leave()
 
     def _await_head(self) -> None:
         if self._head_timer is None:
@@ -75,7 +98,18 @@ class Connection(HttpToolsProtocol):
         size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
         if size > MAX_HEADER_BYTES:
             raise BadHead("headers_too_large", f"the head may have {MAX_HEADER_BYTES} bytes")
+        self._client = Client()
+        self._clients.append(self._client)
+        self.scope[CLIENT] = self._client  # type: ignore[literal-required]
         super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._client.sent_all = True
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        self._clients.popleft()
+        super().on_response_complete()
 
     def send_400_response(self, msg: str) -> None:
         """Called where the parser, or a callback of ours, found a fault: the context says which."""

@@ -57,6 +57,7 @@ class Metrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
+        self._of_route: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
         self.tokens = Counter(
             "trunkline_tokens", "Tokens run through the trunk.", registry=self.registry
         )
@@ -89,8 +90,16 @@ class Metrics:
         self.forward_seconds.observe(seconds)
 
     def request(self, route: str, status: int, seconds: float) -> None:
-        self.requests.labels(route, str(status)).inc()
-        self.request_seconds.labels(route).observe(seconds)
+        key = (route, status)
+        if key not in self._of_route:
+            count, times = (
+                self.requests.labels(route, str(status)),
+                self.request_seconds.labels(route),
+            )
+            self._of_route[key] = count, times
+        count, times = self._of_route[key]
+        count.inc()
+        times.observe(seconds)
 
     def exposition(self) -> bytes:
         """The Prometheus text format."""

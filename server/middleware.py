@@ -2,8 +2,8 @@
 
 import logging
 import re
+import secrets
 import time
-import uuid
 from http import HTTPStatus
 from urllib.parse import quote
 
@@ -47,8 +47,9 @@ class RequestContext:
             seconds = time.monotonic() - began
             route = getattr(scope.get("route"), "path", "unmatched")
             self.metrics.request(route, status, seconds)
-            path = quote(scope["path"])  # no line end of a client's gets into the log
-            log.info("%s %s %d %.1f ms", scope["method"], path, status, seconds * 1e3)
+            if log.isEnabledFor(logging.INFO):
+                path = quote(scope["path"])  # no line end of a client's gets into the log
+                log.info("%s %s %d %.1f ms", scope["method"], path, status, seconds * 1e3)
 
 
 def _request_id(scope: Scope) -> bytes:
@@ -56,4 +57,4 @@ def _request_id(scope: Scope) -> bytes:
         if name == b"x-request-id" and _SANE_ID.fullmatch(value):
             sane: bytes = value
             return sane
-    return uuid.uuid4().hex.encode()
+    return secrets.token_hex(16).encode()

@@ -58,7 +58,7 @@ def _text(value: str, row: int | None = None) -> str:
 def _ids(value: list[Any], row: int | None) -> Ids:
     if not value:
         raise InputFault("empty_input", "a row of inputs is empty", row=row)
-    if any(type(item) is not int for item in value):
+    if set(map(type, value)) != {int}:
         raise InputFault("validation_error", "token ids must be integers", row=row)
     try:
         return np.array(value, dtype=np.int64)

@@ -76,6 +76,7 @@ def _serve(backbone: Path | None, config: Path | None, **flags: Any) -> None:
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,  # nothing here asks who the client is
             timeout_graceful_shutdown=settings.grace_s,
         ),
         app.state.server,

@@ -173,7 +173,8 @@ class Admission:
                 tokens=len(ids),
                 limit=self.config.block_size,
             )
-        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
+        # An id below 0 is a very large one without a sign.
+        if ids.view(np.uint64).max() >= self.config.vocab_size:
             raise TokenOutOfRange(
                 f"token ids must be 0 to {self.config.vocab_size - 1}",
                 index=int(np.flatnonzero((ids < 0) | (ids >= self.config.vocab_size))[0]),

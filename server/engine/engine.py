@@ -10,7 +10,7 @@ import torch
 from adapters.library import Library
 from model.checkpoint import Backbone
 from server.engine.admission import Admission, Row, TokenPermits
-from server.engine.errors import DeadlineExceeded, NotReady
+from server.engine.errors import NotReady
 from server.engine.forward import Forward
 from server.engine.job import Ask, Reply, Result
 from server.engine.loop import EngineLoop
@@ -67,12 +67,12 @@ class Engine:
         jobs, reply = self.admission.admit(rows, ask, deadline)
         self._waiting.add(reply)
         self.queue.put(jobs)
+        left = deadline - time.monotonic()
+        timer = asyncio.get_running_loop().call_later(left, reply.expire)
         try:
-            async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
-                return await reply.future
-        except TimeoutError as error:
-            raise DeadlineExceeded("the deadline was over before the answer was there") from error
+            return await reply.future
         finally:
+            timer.cancel()
             self._waiting.discard(reply)
             reply.abandoned = True
 
@@ -109,8 +109,7 @@ class Engine:
 
     def _fail_waiting(self, sentence: str) -> None:
         for reply in self._waiting:
-            if not reply.future.done():
-                reply.future.set_exception(NotReady(sentence, retry_after_s=5))
+            reply.refuse(NotReady(sentence, retry_after_s=5))
 
     async def stop(self) -> None:
         """Let the batch under way finish, then end the thread; what still waits is told."""

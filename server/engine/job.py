@@ -11,6 +11,7 @@ from adapters.errors import TrunklineError
 from adapters.versions import Version
 from model.encoder import FINAL
 from model.lora import AdapterWeights
+from server.engine.errors import DeadlineExceeded
 
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
@@ -54,6 +55,14 @@ class Reply:
         self._missing = rows
         self.future: asyncio.Future[list[Result]] = asyncio.get_running_loop().create_future()
         self.abandoned = False  # nobody waits any more: rows not yet begun are dropped
+
+    def expire(self) -> None:
+        self.refuse(DeadlineExceeded("the deadline was over before the answer was there"))
+
+    def refuse(self, error: TrunklineError) -> None:
+        """Whoever waits gets the error, unless the results are there."""
+        if not self.future.done():
+            self.future.set_exception(error)
 
     def put(self, row: int, result: Result) -> None:
         """To be called on the event loop, once for each row."""

@@ -2,12 +2,12 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Awaitable, Sequence
 
 from starlette.requests import ClientDisconnect, Request
 
 from server.answers import Answered
+from server.connection import CLIENT, Client
 from server.engine.admission import Row
 from server.engine.errors import TooManyInputs
 from server.engine.job import Ask, Ids, Result
@@ -63,16 +63,34 @@ def _check_count(rows: int, state: ServerState) -> None:
         raise TooManyInputs(f"the request has {rows} rows; the limit is {limit}", limit=limit)
 
 
-async def _unless_client_leaves(request: Request, work: Any) -> list[Result]:
+async def _unless_client_leaves(request: Request, work: Awaitable[list[Result]]) -> list[Result]:
     """What `work` returns; cancelled, so that its rows are dropped, when the client has left."""
+    client: Client | None = request.scope.get(CLIENT)
+    if client is None:  # another server's connection than ours
+        return await _while_connected(request, work)
+    task = asyncio.current_task()
+    assert task is not None
+    client.left = task.cancel
+    if client.gone:
+        task.cancel()
+    try:
+        return await work
+    except asyncio.CancelledError:
+        if client.gone and task.uncancel() == 0:
+            raise ClientDisconnect from None
+        raise
+    finally:
+        client.left = None
+
+
+async def _while_connected(request: Request, work: Awaitable[list[Result]]) -> list[Result]:
     task = asyncio.ensure_future(work)
     watch = asyncio.ensure_future(_client_left(request))
     try:
         await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise ClientDisconnect
-        results: list[Result] = task.result()
-        return results
+        return task.result()
     finally:
         task.cancel()
         watch.cancel()
