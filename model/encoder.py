@@ -3,6 +3,7 @@
 Equal to model.gpt.GPT, which the tests hold it against; nothing here trains.
 """
 
+import math
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,8 +26,9 @@ FINAL = 0  # key of the state after ln_f; the state after block l has the key l,
 # Sequences don't see each other and all layers use the same matrices, so a part of this many
 # tokens goes through every layer before the next starts: its activations stay in cache.
 PART_TOKENS = 768
-# Two parts of fewer tokens than this would cost more in small calls than a second core gives.
-LEAST_PART_TOKENS = 128
+# Two parts of fewer tokens, or of less work, would cost more in small calls and in handing them
+# over than a second core gives.
+LEAST_PART_TOKENS, LEAST_PART_FLOPS = 128, 5e7
 
 
 class Linear:
@@ -102,6 +104,8 @@ class Encoder:
         self._placed: dict[str, Tensor] = {}
         self._linears: dict[str, Linear | Linear8] = {}
         self.threads = torch.get_num_threads() if self.device.type == "cpu" else 1
+        flops = 24.0 * config.n_embd**2 * config.n_layer  # of a token, in the four matrices
+        self.least_part = max(LEAST_PART_TOKENS, math.ceil(LEAST_PART_FLOPS / flops))  # tokens
         self._workers = ThreadPoolExecutor(
             self.threads, "encoder", initializer=torch.set_num_threads, initargs=(1,)
         )
@@ -173,7 +177,7 @@ class Encoder:
 
         Both wait for each other at every operator, and one of them is often not scheduled.
         """
-        threads = self.threads if tokens >= LEAST_PART_TOKENS else 1
+        threads = self.threads if tokens >= self.least_part else 1
         if threads != torch.get_num_threads():
             torch.set_num_threads(threads)
 
@@ -186,11 +190,11 @@ class Encoder:
         tokens = batch.ids.shape[0]
         if self.device.type != "cpu":
             return parts_of(batch, lora, tokens)
-        share = max(LEAST_PART_TOKENS, -(-tokens // self.threads))
+        share = max(self.least_part, -(-tokens // self.threads))
         return parts_of(
             batch,
             lora,
-            min(PART_TOKENS, share),
+            min(max(PART_TOKENS, self.least_part), share),
             self.operators.align,
             self.operators.align_adapters,
         )
