@@ -86,6 +86,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         max_batch_tokens=state.settings.max_batch_tokens,
         max_queue_tokens=state.settings.max_queue_tokens,
         max_request_tokens=state.settings.max_request_tokens,
+        max_queue_s=state.settings.max_queue_s,
         fair_shares=state.settings.fair_shares,
     )
     state.engine.lost = state.engine_lost

@@ -112,6 +112,11 @@ class Caller:
         if self.tokens:
             self.tokens.take(tokens)
 
+    def give_back_tokens(self, tokens: int) -> None:
+        """They were not run."""
+        if self.tokens:
+            self.tokens.take(-tokens)
+
 
 class KeyRing:
     """The keys of one file, as last read whole. No file: none were ever made, the server is open.

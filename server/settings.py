@@ -78,6 +78,11 @@ class Settings(BaseModel):
     max_queue_tokens: int = Field(
         262_144, ge=1, description="Tokens admitted and not answered yet; beyond: 503 overloaded."
     )
+    max_queue_s: float = Field(
+        5.0,
+        gt=0,
+        description="Seconds that a row may be expected to wait, at the rate of now; beyond: 503.",
+    )
     max_inputs: int = Field(2048, ge=1, description="Rows of one request; beyond: 413.")
     max_request_tokens: int = Field(131_072, ge=1, description="Tokens of one request.")
     max_body_bytes: int = Field(8 << 20, ge=1, description="Bytes of a JSON body; beyond: 413.")

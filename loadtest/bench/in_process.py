@@ -131,6 +131,7 @@ async def engine_of(plan: Plan, trunk: Trunk, folder: Path) -> AsyncIterator[InP
         max_batch_tokens=plan.sizes.batch_tokens,
         max_queue_tokens=MAX_TOKENS,
         max_request_tokens=MAX_TOKENS,
+        max_queue_s=TIMEOUT_S,
         fair_shares={},
     )
     engine.start()

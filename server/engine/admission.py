@@ -1,8 +1,9 @@
 """Admission: what may enter the queue, under which version, with which permits."""
 
+import math
 import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,6 +25,10 @@ from server.engine.errors import (
     TooManyTokens,
 )
 from server.engine.job import Ask, Ids, Job, Reply
+from server.engine.queue import JobQueue, line_key
+from server.engine.rate import DrainRate
+
+LONGEST_RETRY_S = 60
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,14 @@ class Row:
 
     ids: Ids
     adapter: str | None
+
+
+class NoPermits(Exception):
+    """So many tokens must be answered before there is room."""
+
+    def __init__(self, excess: int, limit: int) -> None:
+        super().__init__(f"{limit} tokens may wait")
+        self.excess = excess
 
 
 class TokenPermits:
@@ -43,18 +56,22 @@ class TokenPermits:
         self._lock = threading.Lock()
 
     def take(self, tokens: int) -> None:
-        """Raises Overloaded, having taken nothing, where there are not so many left."""
+        """Raises NoPermits, having taken nothing, where there are not so many left."""
         with self._lock:
             # An empty server takes any request within the request's own limit.
             if self.held and self.held + tokens > self.limit:
-                raise Overloaded(
-                    f"{self.held} tokens are waiting, and {self.limit} may", retry_after_s=1
-                )
+                raise NoPermits(self.held + tokens - self.limit, self.limit)
             self.held += tokens
 
     def give_back(self, tokens: int) -> None:
         with self._lock:
             self.held -= tokens
+
+
+def overloaded(sentence: str, wait_s: float) -> Overloaded:
+    """With a Retry-After of the time that the excess takes at the present rate."""
+    retry_after_s = min(LONGEST_RETRY_S, max(1, math.ceil(wait_s)))
+    return Overloaded(sentence, retry_after_s=retry_after_s)
 
 
 Leased = tuple[Version, Lease] | None  # None: the backbone alone
@@ -86,13 +103,19 @@ class Admission:
         library: Library,
         backbone: Backbone,
         permits: TokenPermits,
+        queue: JobQueue,
+        rate: DrainRate,
         max_request_tokens: int,
+        max_wait_s: float,
     ) -> None:
         self.library, self.config, self.permits = library, backbone.config, permits
         self.has_critic = "critic_head.weight" in backbone.tensors
         self.max_request_tokens = max_request_tokens
+        self.queue, self.rate, self.max_wait_s = queue, rate, max_wait_s
 
-    def admit(self, rows: Sequence[Row], ask: Ask, deadline: float) -> tuple[list[Job], Reply]:
+    def admit(
+        self, rows: Sequence[Row], ask: Ask, deadline: float, key: str = ""
+    ) -> tuple[list[Job], Reply]:
         """One job a row. Raises a TrunklineError, and then holds nothing."""
         if ask.layer > self.config.n_layer:
             raise BadInput(f"layer must be 1 to {self.config.n_layer}")
@@ -107,11 +130,27 @@ class Admission:
             )
         leases = self._lease_all({row.adapter for row in rows}, ask)
         try:
+            self._demand_time(leases.values(), deadline, key)
             self.permits.take(tokens)
+        except NoPermits as error:
+            _release_all(leases)
+            wait_s = self.rate.seconds(error.excess)
+            raise overloaded("the queue is full", wait_s) from error
         except Overloaded:
             _release_all(leases)
             raise
-        return self._jobs(rows, leases, ask, deadline)
+        return self._jobs(rows, leases, ask, deadline, key)
+
+    def _demand_time(self, leases: Iterable[Leased], deadline: float, key: str) -> None:
+        """Raises Overloaded for rows whose turn comes too late at the present rate."""
+        if not self.permits.held:
+            return
+        lines = [line_key(key, leased[0] if leased else None) for leased in leases]
+        wait_s = self.rate.seconds(self.queue.ahead(lines, self.permits.held))
+        most_s = min(self.max_wait_s, deadline - time.monotonic())
+        if wait_s > most_s:
+            sentence = f"a row would wait for {wait_s:.1f} s, and may for {most_s:.1f} s"
+            raise overloaded(sentence, wait_s - most_s)
 
     def _lease_all(self, references: Collection[str | None], ask: Ask) -> dict[str | None, Leased]:
         """Each reference resolved once, with a lease; all or none."""
@@ -142,6 +181,7 @@ class Admission:
         leases: Mapping[str | None, Leased],
         ask: Ask,
         deadline: float,
+        key: str,
     ) -> tuple[list[Job], Reply]:
         reply, now = Reply(len(rows)), time.monotonic()
         shared = {reference: SharedLease(leased) for reference, leased in leases.items()}
@@ -157,6 +197,7 @@ class Admission:
                 reply=reply,
                 row=index,
                 release=partial(self._release, shared[row.adapter], len(row.ids)),
+                key=key,
             )
             for index, row in enumerate(rows)
         ]

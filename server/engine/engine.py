@@ -15,6 +15,7 @@ from server.engine.forward import Forward
 from server.engine.job import Ask, Reply, Result
 from server.engine.loop import EngineLoop
 from server.engine.queue import JobQueue
+from server.engine.rate import DrainRate
 from server.metrics import Metrics
 
 STUCK_AFTER_S = 2.0  # a batch on the device for so long: not ready
@@ -37,16 +38,19 @@ class Engine:
         max_batch_tokens: int,
         max_queue_tokens: int,
         max_request_tokens: int,
+        max_queue_s: float,
         fair_shares: Mapping[str, float],
     ) -> None:
         permits = TokenPermits(max_queue_tokens)
         metrics.waiting_tokens.set_function(lambda: permits.held)
-        self.admission = Admission(library, backbone, permits, max_request_tokens)
-        self.queue = JobQueue(fair_shares)
+        self.queue, self.rate = JobQueue(fair_shares), DrainRate()
+        self.admission = Admission(
+            library, backbone, permits, self.queue, self.rate, max_request_tokens, max_queue_s
+        )
         events = asyncio.get_running_loop()
         library.slots.changed = self.queue.wake
         self.loop = EngineLoop(
-            self.queue, library.slots, forward, max_batch_tokens, events, metrics
+            self.queue, library.slots, forward, max_batch_tokens, events, metrics, self.rate
         )
         self.loop.died = self._fail
         self.failed = False
@@ -55,8 +59,10 @@ class Engine:
         self._stuck_s = 0.0
         self._watch: asyncio.Task[None] | None = None
 
-    async def encode(self, rows: Sequence[Row], ask: Ask, deadline: float) -> list[Result]:
-        """A Result a row, in order. `deadline` is of time.monotonic().
+    async def encode(
+        self, rows: Sequence[Row], ask: Ask, deadline: float, key: str = ""
+    ) -> list[Result]:
+        """A Result a row, in order. `deadline` is of time.monotonic(), `key` an API key's id.
 
         Raises a TrunklineError where the request is not admitted or its deadline is over; a
         Result may carry an error of its own. If the caller is cancelled, rows not yet begun are
@@ -64,7 +70,7 @@ class Engine:
         """
         if self.failed or not self.alive:
             raise NotReady("the engine is not running")
-        jobs, reply = self.admission.admit(rows, ask, deadline)
+        jobs, reply = self.admission.admit(rows, ask, deadline, key)
         self._waiting.add(reply)
         self.queue.put(jobs)
         left = deadline - time.monotonic()

@@ -85,6 +85,7 @@ class Job:
     reply: Reply
     row: int
     release: Callable[[], None]  # gives back lease and permits; called exactly once
+    key: str = ""  # id of the API key it came with
     weights: AdapterWeights | None = None  # the device thread's, while it holds the slot
 
     @property

@@ -15,6 +15,7 @@ from server.engine.errors import DeadlineExceeded, Overloaded
 from server.engine.forward import Forward
 from server.engine.job import Job, Result
 from server.engine.queue import JobQueue, Taken
+from server.engine.rate import DrainRate
 from server.metrics import Metrics
 
 log = logging.getLogger("trunkline.engine")
@@ -31,10 +32,11 @@ class EngineLoop:
         max_batch_tokens: int,
         events: asyncio.AbstractEventLoop,
         metrics: Metrics,
+        rate: DrainRate,
     ) -> None:
         self.queue, self.slots, self.forward = queue, slots, forward
         self.max_batch_tokens = max_batch_tokens
-        self.events, self.metrics = events, metrics
+        self.events, self.metrics, self.rate = events, metrics, rate
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.stopping = False
         self.died: Callable[[], None] = lambda: None  # called on the event loop, by a dead thread
@@ -61,7 +63,9 @@ class EngineLoop:
             self.busy_since = None
         jobs, results = [job for job, _ in done], [result for _, result in done]
         tokens = sum(job.tokens for job in jobs)
-        self.metrics.batch(tokens, len(jobs), time.monotonic() - began)
+        seconds = time.monotonic() - began
+        self.rate.note(tokens, seconds)
+        self.metrics.batch(tokens, len(jobs), seconds)
         self._reply(jobs, results, began)
 
     def _run_jobs(self, jobs: Sequence[Job], slots: Mapping[str, Slot]) -> list[tuple[Job, Result]]:

@@ -1,13 +1,14 @@
-"""The queue between admission and the device thread: bounded by permits, fair over adapters."""
+"""The queue between admission and the device thread: bounded, fair over keys and adapters."""
 
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from adapters.errors import TrunklineError
 from adapters.slots import Slot
+from adapters.versions import Version
 from server.engine.job import Job
 
 # Tokens a line may send in one round: about one long row, so that rounds are short and whole.
@@ -16,13 +17,22 @@ QUANTUM = 512
 Hold = Callable[[str], Slot | None]
 
 
+LineKey = tuple[str, str, int]  # API key, adapter's name (the base has ""), version
+
+
 @dataclass
 class Line:
-    """The waiting jobs of one adapter version (or of the base), first in, first out."""
+    """The waiting jobs of one key under one adapter version, first in, first out."""
 
     weight: float
     jobs: deque[Job] = field(default_factory=deque)
+    tokens: int = 0
     deficit: float = 0.0
+
+    def pop(self) -> Job:
+        job = self.jobs.popleft()
+        self.tokens -= job.tokens
+        return job
 
 
 @dataclass
@@ -48,7 +58,8 @@ class JobQueue:
 
     def __init__(self, weights: Mapping[str, float] | None = None) -> None:
         self._weights = dict(weights or {})  # adapter name -> share, 1 where not named
-        self._lines: OrderedDict[tuple[str, int], Line] = OrderedDict()
+        self._lines: OrderedDict[LineKey, Line] = OrderedDict()
+        self._weight = 0.0  # of all lines
         self._changed = threading.Condition()
         self._closed = False
 
@@ -59,13 +70,29 @@ class JobQueue:
     def put(self, jobs: Sequence[Job]) -> None:
         with self._changed:
             for job in jobs:
-                self._line(job).jobs.append(job)
+                line = self._line(job)
+                line.jobs.append(job)
+                line.tokens += job.tokens
             self._changed.notify()
 
+    def ahead(self, keys: Iterable[LineKey], waiting: int) -> float:
+        """Tokens that run before a new job of these lines, at most; `waiting` are in the queue.
+
+        A line that does not fill its share of the device waits for its own jobs alone, others' are
+        dealt in between: its tokens over its share, never more than all there are.
+        """
+        with self._changed:
+            return max(min(waiting, self._ahead(key)) for key in keys)
+
+    def _ahead(self, key: LineKey) -> float:
+        line = self._lines.get(key)
+        return line.tokens * self._weight / line.weight if line is not None else 0.0
+
     def _line(self, job: Job) -> Line:
-        key = (job.adapter.name, job.adapter.number) if job.adapter else ("", 0)
+        key = line_key(job.key, job.adapter)
         if key not in self._lines:
-            self._lines[key] = Line(self._weights.get(key[0], 1.0))
+            self._lines[key] = Line(self._weights.get(key[1], 1.0))
+            self._weight += self._lines[key].weight
         return self._lines[key]
 
     def wake(self) -> None:
@@ -118,8 +145,7 @@ class JobQueue:
         try:
             slot = hold(adapter.digest)
         except TrunklineError as error:
-            taken.failed += [(job, error) for job in line.jobs]
-            line.jobs.clear()
+            taken.failed += [(line.pop(), error) for _ in range(len(line.jobs))]
             return False
         if slot is None:
             return False
@@ -134,7 +160,7 @@ class JobQueue:
             fits = tokens <= left - sent or not taken.jobs
             if not fits or tokens > line.deficit:
                 break
-            taken.jobs.append(line.jobs.popleft())
+            taken.jobs.append(line.pop())
             line.deficit -= tokens
             sent += tokens
             _drop_unwanted(line, taken)
@@ -142,11 +168,15 @@ class JobQueue:
 
     def _drop_empty_lines(self) -> None:
         for key in [key for key, line in self._lines.items() if not line.jobs]:
-            del self._lines[key]
+            self._weight -= self._lines.pop(key).weight
+
+
+def line_key(key: str, adapter: Version | None) -> LineKey:
+    return (key, adapter.name, adapter.number) if adapter else (key, "", 0)
 
 
 def _drop_unwanted(line: Line, taken: Taken) -> None:
     """Take the jobs off the line's head that nobody waits for, or that are late."""
     now = time.monotonic()
     while line.jobs and (line.jobs[0].reply.abandoned or line.jobs[0].deadline <= now):
-        taken.unwanted.append(line.jobs.popleft())
+        taken.unwanted.append(line.pop())

@@ -6,10 +6,11 @@ from collections.abc import Awaitable, Sequence
 
 from starlette.requests import ClientDisconnect, Request
 
+from adapters.errors import TrunklineError
 from server.answers import Answered
 from server.connection import CLIENT, Client
 from server.engine.admission import Row
-from server.engine.errors import TooManyInputs
+from server.engine.errors import DeadlineExceeded, TooManyInputs
 from server.engine.job import Ask, Ids, Result
 from server.guard import caller_of, check_adapter
 from server.inputs import encode_inputs
@@ -44,17 +45,29 @@ async def answer_inputs(
     tokenize_ms = (time.monotonic() - began) * 1e3
     rows = [Row(item.ids, reference) for item in encoded for reference in references]
     timeout_s = (timeout_ms or state.settings.default_timeout_ms) / 1e3
-    caller = caller_of(request)
-    if caller is not None:
-        caller.take_tokens(sum(len(row.ids) for row in rows))
-    results = await _unless_client_leaves(
-        request, state.engine.encode(rows, ask, received + timeout_s)
-    )
+    results = await _run(request, rows, ask, received + timeout_s)
     if all(result.error is not None for result in results):
         assert results[0].error is not None
         raise results[0].error
     spread = [item for item in encoded for _ in references]
     return Answered(spread, results, received, tokenize_ms)
+
+
+async def _run(request: Request, rows: list[Row], ask: Ask, deadline: float) -> list[Result]:
+    """The rows' results, on the key's account where there is one."""
+    engine, caller = state_of(request).engine, caller_of(request)
+    if caller is None:
+        return await _unless_client_leaves(request, engine.encode(rows, ask, deadline))
+    tokens = sum(len(row.ids) for row in rows)
+    caller.take_tokens(tokens)
+    try:
+        work = engine.encode(rows, ask, deadline, caller.key.id)
+        return await _unless_client_leaves(request, work)
+    except DeadlineExceeded:
+        raise  # they may have been run
+    except TrunklineError:
+        caller.give_back_tokens(tokens)
+        raise
 
 
 def _check_count(rows: int, state: ServerState) -> None:

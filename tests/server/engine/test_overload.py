@@ -1,0 +1,173 @@
+"""Admission under overload: who is refused, and what the refusal says, on a device of known rate."""
+
+import asyncio
+import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import TINY
+
+from adapters.versions import Version
+from server.engine.admission import LONGEST_RETRY_S, Admission, Row, TokenPermits
+from server.engine.errors import Overloaded
+from server.engine.job import Ask, Job
+from server.engine.queue import JobQueue, line_key
+from server.engine.rate import HALF_LIFE_S, DrainRate
+
+ASK = Ask(frozenset({"embedding"}))
+RATE = 1000  # tokens a second
+ROW = 50  # tokens
+
+
+@pytest.fixture(autouse=True)
+def event_loop() -> Iterator[None]:
+    """Replies hold a future, and that a loop."""
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    asyncio._set_running_loop(loop)
+    yield
+    asyncio._set_running_loop(None)
+    asyncio.set_event_loop(None)
+    loop.close()
+
+
+class Device:
+    """Admission and queue before a device that runs RATE tokens a second when told to."""
+
+    def __init__(self, max_wait_s: float = 5.0, permits: int = 1 << 20) -> None:
+        self.leases = 0
+        self.queue, self.rate = JobQueue(), DrainRate()
+        self.rate.note(RATE * 10, 10.0)
+        backbone: Any = SimpleNamespace(config=TINY, tensors={})
+        self.admission = Admission(
+            self, backbone, TokenPermits(permits), self.queue, self.rate, 1 << 20, max_wait_s
+        )
+
+    def lease(self, name: str) -> Any:
+        version: Any = SimpleNamespace(name=name, number=1, digest=name, manifest=None)
+        self.leases += 1
+        return version, SimpleNamespace(release=self._release)
+
+    def _release(self) -> None:
+        self.leases -= 1
+
+    def ask(
+        self, adapter: str | None = None, key: str = "", rows: int = 1, timeout_s: float = 60
+    ) -> list[Job]:
+        row = Row(np.zeros(ROW, dtype=np.int64), adapter)
+        jobs, _ = self.admission.admit([row] * rows, ASK, time.monotonic() + timeout_s, key)
+        self.queue.put(jobs)
+        return jobs
+
+    def fill(self, adapter: str | None = None, key: str = "") -> tuple[int, Overloaded]:
+        """Ask until refused: how many were admitted, and the refusal."""
+        for admitted in range(100_000):
+            try:
+                self.ask(adapter, key)
+            except Overloaded as error:
+                return admitted, error
+        raise AssertionError("nothing was ever refused")
+
+    def run(self, seconds: float) -> list[Job]:
+        """What the device answers in this time."""
+        left, done = int(seconds * RATE), []
+        while left >= ROW and len(self.queue):
+            batch = self.queue.take(min(left, 512), lambda digest: SimpleNamespace())  # type: ignore[arg-type,return-value]
+            for job in batch.jobs:
+                job.release()
+            left -= sum(job.tokens for job in batch.jobs)
+            done += batch.jobs
+        return done
+
+
+def test_no_more_is_admitted_than_runs_in_the_longest_wait() -> None:
+    device = Device(max_wait_s=5)
+    admitted, _ = device.fill()
+    assert admitted * ROW == pytest.approx(5 * RATE, abs=2 * ROW)
+
+
+def test_a_row_whose_turn_comes_after_its_deadline_is_refused_at_once() -> None:
+    device = Device(max_wait_s=5)
+    for _ in range(60):  # 3 s of work
+        device.ask()
+    with pytest.raises(Overloaded):
+        device.ask(timeout_s=2)
+    device.ask(timeout_s=4)
+
+
+def test_who_comes_again_after_the_retry_after_is_admitted() -> None:
+    device = Device(max_wait_s=2)
+    _, error = device.fill()
+    device.run(error.details["retry_after_s"])
+    device.ask()
+
+
+def test_the_retry_after_grows_with_the_excess_and_is_bounded() -> None:
+    device = Device(max_wait_s=1e9, permits=RATE * 10)
+    device.ask(rows=RATE * 10 // ROW)
+    with pytest.raises(Overloaded) as few:
+        device.ask(rows=2)
+    with pytest.raises(Overloaded) as many:
+        device.ask(rows=RATE * 8 // ROW)
+    with pytest.raises(Overloaded) as most:
+        device.ask(rows=RATE * 500 // ROW)
+    waits = [error.value.details["retry_after_s"] for error in (few, many, most)]
+    assert waits == [1, 8, LONGEST_RETRY_S]
+
+
+@pytest.mark.parametrize(("flood", "other"), [("adapter", "adapter"), ("key", "key")])
+def test_who_floods_is_refused_and_others_are_served_soon(flood: str, other: str) -> None:
+    device = Device(max_wait_s=2)
+    _, error = device.fill(**{flood: "flooding"})
+    assert error.details["retry_after_s"] >= 1
+    for _ in range(5):
+        device.ask(**{other: "quiet"})
+    done = device.run(1.0)
+    quiet = [job for job in done if "quiet" in (job.key, getattr(job.adapter, "name", ""))]
+    assert len(quiet) == 5
+
+
+def test_a_refused_request_holds_nothing() -> None:
+    device = Device(permits=4 * ROW)
+    device.ask("first", rows=3)
+    assert (device.leases, device.admission.permits.held) == (1, 3 * ROW)
+    with pytest.raises(Overloaded):
+        device.ask("second", rows=2)
+    assert (device.leases, device.admission.permits.held) == (1, 3 * ROW)
+
+
+def test_an_idle_server_takes_any_request_and_one_that_knows_no_rate_too() -> None:
+    device = Device(max_wait_s=0.001)
+    device.ask(rows=1000)
+    unknown = Device(max_wait_s=0.001)
+    unknown.rate.__init__()  # type: ignore[misc]
+    for _ in range(100):
+        unknown.ask()
+
+
+def test_the_rate_follows_the_device() -> None:
+    rate = DrainRate()
+    assert rate.seconds(1000) == 0
+    rate.note(4000, 2.0)
+    assert rate.seconds(1000) == pytest.approx(0.5)
+    for _ in range(100):
+        rate.note(1000, 1.0)
+    assert rate.seconds(1000) == pytest.approx(1.0, rel=0.01)
+    rate.note(int(HALF_LIFE_S * 3000), HALF_LIFE_S)
+    assert 1 / 3 < rate.seconds(1000) < 1
+
+
+def test_what_is_ahead_is_counted_down_as_jobs_leave_by_any_way() -> None:
+    device = Device()
+    jobs = [device.ask("a")[0] for _ in range(8)]
+    adapter: Version | None = jobs[0].adapter
+    line = line_key("", adapter)
+    assert device.queue.ahead([line], 1 << 20) == 8 * ROW
+    jobs[0].reply.abandoned = True
+    jobs[1].deadline = 0.0
+    device.queue.take(2 * ROW, lambda digest: SimpleNamespace())  # type: ignore[arg-type,return-value]
+    assert device.queue.ahead([line], 1 << 20) == 4 * ROW
+    assert device.queue.ahead([line_key("", None)], 1 << 20) == 0
