@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup serve test lint format check crash soak bench loadtest docs image-test deploy-test demo demo-setup demo-data demo-train demo-evaluate
+.PHONY: setup serve test lint format check crash soak bench loadtest overload docs image-test deploy-test demo demo-setup demo-data demo-train demo-evaluate
 
 setup: $(STAMP)
 
@@ -46,6 +46,9 @@ bench: setup ## this machine, measured: ratios in a table, and as a line of JSON
 
 loadtest: setup ## two minutes of real traffic against a server of its own; the report is load-report.html
 	$(BIN)/python -m loadtest -t 120s -u 12 --shape steps --adapters 100 --drift 6 $(ARGS)
+
+overload: setup ## 0.5 to 3 times the sustainable load: overload.md and overload.svg (two minutes)
+	$(BIN)/python -m loadtest.overload $(ARGS)
 
 docs: setup ## the documents as a site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

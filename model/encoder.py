@@ -113,6 +113,7 @@ class Encoder:
         self.ln_f = self._pair(tensors, "transformer.ln_f")
         # (V, C) float32: ids are looked up in it, and the mask logits are taken against it
         self.wte = tensors["transformer.wte.weight"].to(self.device, torch.float32)
+        self.layers_done = 0  # by any part of any batch: it moves while the forward gets on
         cls_embedding = tensors.get("cls_embedding")
         self.cls_embedding = None if cls_embedding is None else cls_embedding.to(self.wte)
 
@@ -211,6 +212,7 @@ class Encoder:
             x = _mlp(layer, block, x, normed, operators)
             if layer + 1 in kept:
                 kept[layer + 1][part.start : part.end] = part.real(x)
+            self.layers_done += 1
         if FINAL in kept:
             final = operators.norm("transformer.ln_f", x, *self.ln_f)
             kept[FINAL][part.start : part.end] = part.real(final)

@@ -22,6 +22,7 @@ log = logging.getLogger("trunkline.keys")
 
 Scope = Literal["infer", "admin", "metrics"]
 SECONDS = {"s": 1, "m": 60, "h": 3600}
+ROUNDING = 1e-6  # of a request or token: who waited as told must not be told to wait again
 RELOAD_S = 1.0  # how often the file is looked at
 
 
@@ -83,7 +84,8 @@ class Bucket:
         now, rate = time.monotonic(), self.quota.count / self.quota.seconds
         self.left = min(self.quota.count, self.left + (now - self.at) * rate)
         self.at = now
-        return max(1, math.ceil((cost - self.left) / rate)) if self.left < cost else 0
+        missing = cost - self.left - ROUNDING
+        return max(1, math.ceil(missing / rate)) if missing > 0 else 0
 
     def take(self, cost: int) -> None:
         self.left -= cost

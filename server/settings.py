@@ -79,7 +79,7 @@ class Settings(BaseModel):
         262_144, ge=1, description="Tokens admitted and not answered yet; beyond: 503 overloaded."
     )
     max_queue_s: float = Field(
-        5.0,
+        2.0,
         gt=0,
         description="Seconds that a row may be expected to wait, at the rate of now; beyond: 503.",
     )

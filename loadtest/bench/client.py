@@ -46,20 +46,27 @@ class Refused(Exception):
 
 
 def post(
-    path: str, body: dict[str, Any], accept: str = "application/json", tokens: int = 0
+    path: str,
+    body: dict[str, Any],
+    accept: str = "application/json",
+    tokens: int = 0,
+    key: str | None = None,
 ) -> Question:
     raw = json.dumps(body, separators=(",", ":")).encode()
-    return Question(_request("POST", path, raw, "application/json", accept), tokens)
+    return Question(_request("POST", path, raw, "application/json", accept, key), tokens)
 
 
 def put(path: str, file: bytes) -> bytes:
     return _request("PUT", path, file, "application/octet-stream", "application/json")
 
 
-def _request(method: str, path: str, body: bytes, kind: str, accept: str) -> bytes:
+def _request(
+    method: str, path: str, body: bytes, kind: str, accept: str, key: str | None = None
+) -> bytes:
+    authorization = f"authorization: Bearer {key}\r\n" if key else ""
     head = (
         f"{method} {path} HTTP/1.1\r\nhost: bench\r\ncontent-type: {kind}\r\naccept: {accept}\r\n"
-        f"content-length: {len(body)}\r\n\r\n"
+        f"{authorization}content-length: {len(body)}\r\n\r\n"
     )
     return head.encode() + body
 
@@ -81,6 +88,11 @@ class Connection:
         answer = Answer(int(head[9:12]), head, b"")
         body = await self._reader.readexactly(int(answer.header("content-length")))
         return Answer(answer.status, head, body)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the server has closed it, as it does with those that were idle for long."""
+        return self._reader.at_eof()
 
     def close(self) -> None:
         self._writer.close()
@@ -158,6 +170,8 @@ async def steady(
     answers: list[tuple[int, Answer, float]] = []
 
     async def ask(index: int, due: float) -> None:
+        while idle and idle[-1].closed:
+            idle.pop().close()
         connection = idle.pop() if idle else await Connection.open(server)
         answer = await connection.ask(questions[index].request)
         answers.append((index, answer, time.perf_counter() - due))

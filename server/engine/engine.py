@@ -18,7 +18,7 @@ from server.engine.queue import JobQueue
 from server.engine.rate import DrainRate
 from server.metrics import Metrics
 
-STUCK_AFTER_S = 2.0  # a batch on the device for so long: not ready
+STUCK_AFTER_S = 2.0  # a batch on the device in which no layer ends for so long: not ready
 LOST_AFTER_S = 60.0  # for so long: lost, and with it the process
 TICK_S = 0.25
 
@@ -88,7 +88,7 @@ class Engine:
 
     @property
     def ready(self) -> bool:
-        """Whether the device thread lives and no batch has been on the device for 2 s."""
+        """Whether the device thread lives, and the batch on the device got on within 2 s."""
         return self.alive and not self.failed and self._stuck_s < STUCK_AFTER_S - TICK_S
 
     def start(self) -> None:
@@ -96,15 +96,18 @@ class Engine:
         self._watch = asyncio.get_running_loop().create_task(self._watch_batches())
 
     async def _watch_batches(self) -> None:
-        """Counts ticks, not the clock: a process that was stopped and goes on is not stuck."""
-        last: float | None = None
+        """Counts ticks, not the clock: a process that was stopped and goes on is not stuck.
+
+        A long batch on a slow machine is not stuck either, as long as layers of it end.
+        """
+        last = self.loop.progress
         while not self.failed:
             await asyncio.sleep(TICK_S)
-            now = self.loop.busy_since
+            now = self.loop.progress
             self._stuck_s = self._stuck_s + TICK_S if now is not None and now == last else 0.0
             last = now
             if self._stuck_s >= LOST_AFTER_S:
-                log.critical("a batch has been on the device for %g s", self._stuck_s)
+                log.critical("the batch on the device has not got on for %g s", self._stuck_s)
                 self._fail()
 
     def _fail(self) -> None:

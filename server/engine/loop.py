@@ -21,6 +21,9 @@ from server.metrics import Metrics
 log = logging.getLogger("trunkline.engine")
 
 
+BACKLOG_S = 0.5  # jobs that waited for so long: the device has as much to do as it can
+
+
 class EngineLoop:
     """take, form, run, reply: a batch starts as soon as the device is free."""
 
@@ -40,7 +43,14 @@ class EngineLoop:
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.stopping = False
         self.died: Callable[[], None] = lambda: None  # called on the event loop, by a dead thread
+        self._ended = 0.0  # time.monotonic() of the last batch's end
         self.busy_since: float | None = None  # time.monotonic() of the batch under way
+
+    @property
+    def progress(self) -> tuple[float, int] | None:
+        """Differs from before whenever the device got on with its batch. None: it has none."""
+        since = self.busy_since
+        return (since, self.forward.encoder.layers_done) if since is not None else None
 
     def _run(self) -> None:
         try:
@@ -63,9 +73,14 @@ class EngineLoop:
             self.busy_since = None
         jobs, results = [job for job, _ in done], [result for _, result in done]
         tokens = sum(job.tokens for job in jobs)
-        seconds = time.monotonic() - began
-        self.rate.note(tokens, seconds)
-        self.metrics.batch(tokens, len(jobs), seconds)
+        now = time.monotonic()
+        oldest = min(job.admitted for job in jobs)
+        # A small batch of a server with little to do says nothing of what it could do.
+        if 2 * tokens >= self.max_batch_tokens or began - oldest > BACKLOG_S:
+            # What lies between two batches counts too, as long as there was work to do.
+            self.rate.note(tokens, now - max(self._ended, oldest))
+        self._ended = now
+        self.metrics.batch(tokens, len(jobs), now - began)
         self._reply(jobs, results, began)
 
     def _run_jobs(self, jobs: Sequence[Job], slots: Mapping[str, Slot]) -> list[tuple[Job, Result]]:

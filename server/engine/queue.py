@@ -60,6 +60,7 @@ class JobQueue:
         self._weights = dict(weights or {})  # adapter name -> share, 1 where not named
         self._lines: OrderedDict[LineKey, Line] = OrderedDict()
         self._weight = 0.0  # of all lines
+        self._tokens = 0  # of all lines
         self._changed = threading.Condition()
         self._closed = False
 
@@ -73,16 +74,18 @@ class JobQueue:
                 line = self._line(job)
                 line.jobs.append(job)
                 line.tokens += job.tokens
+                self._tokens += job.tokens
             self._changed.notify()
 
     def ahead(self, keys: Iterable[LineKey], waiting: int) -> float:
-        """Tokens that run before a new job of these lines, at most; `waiting` are in the queue.
+        """Tokens that run before a new job of these lines, at most; of `waiting` in all.
 
-        A line that does not fill its share of the device waits for its own jobs alone, others' are
-        dealt in between: its tokens over its share, never more than all there are.
+        First what is on the device, then the line's own jobs, between which others' are dealt: its
+        tokens over its share. Never more than all there are.
         """
         with self._changed:
-            return max(min(waiting, self._ahead(key)) for key in keys)
+            on_device = max(0, waiting - self._tokens)
+            return min(waiting, on_device + max(map(self._ahead, keys)))
 
     def _ahead(self, key: LineKey) -> float:
         line = self._lines.get(key)
@@ -132,6 +135,8 @@ class JobQueue:
                 self._lines.move_to_end(key)
                 turns.append(key)
         self._drop_empty_lines()
+        gone = [*taken.jobs, *taken.unwanted, *(job for job, _ in taken.failed)]
+        self._tokens -= sum(job.tokens for job in gone)
         return taken
 
     def _hold(self, line: Line, hold: Hold, taken: Taken) -> bool:

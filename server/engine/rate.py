@@ -1,10 +1,13 @@
 """DrainRate: how fast the device works off what waits."""
 
-HALF_LIFE_S = 4.0  # of device time: what ran so long ago counts half
+HALF_LIFE_S = 4.0  # of time with work to do: what ran so long ago counts half
 
 
 class DrainRate:
-    """Tokens a second of device time, lately. The device thread notes, anybody reads."""
+    """Tokens a second while there was work to do, lately.
+
+    The device thread notes, anybody reads.
+    """
 
     def __init__(self) -> None:
         self._sums = 0.0, 0.0  # tokens and seconds, each fading; replaced whole

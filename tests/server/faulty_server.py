@@ -1,13 +1,14 @@
-"""`trunkline serve` whose forward obeys the token ids: 7 poisons its batch, 8 hangs, 9 kills."""
+"""`trunkline serve` whose forward obeys the token ids, which the names below tell."""
 
 import threading
+import time
 from typing import Any
 
 from server.cli import main
 from server.engine.batcher import Batch
 from server.engine.forward import Forward
 
-POISON, HANG, KILL, HUNGRY = 7, 8, 9, 10
+POISON, HANG, KILL, HUNGRY, SLOW = 7, 8, 9, 10, 11
 run = Forward.run
 
 
@@ -21,6 +22,10 @@ def faulty(self: Forward, batch: Batch) -> Any:
         raise SystemExit
     if HUNGRY in ids and len(batch.jobs) > 1:
         raise MemoryError
+    if SLOW in ids:  # a batch of 4 s that gets on all the time
+        for _ in range(16):
+            run(self, batch)
+            time.sleep(0.25)
     return run(self, batch)
 
 

@@ -13,7 +13,7 @@ from adapter_client import wait_until
 from conftest import Serve, Served, start_server
 
 HERE = Path(__file__).parent
-POISON, HANG, KILL, HUNGRY = 7, 8, 9, 10
+POISON, HANG, KILL, HUNGRY, SLOW = 7, 8, 9, 10, 11
 GOOD = [[20, 21, 22], [23], [24, 25]]
 ENGINE_LOST = 70
 
@@ -76,6 +76,18 @@ def test_a_stuck_engine_is_not_ready_while_health_answers(faulty: Served) -> Non
         faulty.process.kill()
         with pytest.raises(httpx.TransportError):
             hung.result()
+
+
+def test_a_batch_that_takes_long_but_gets_on_is_not_stuck(faulty: Served) -> None:
+    with faulty.client() as client, ThreadPoolExecutor(1) as threads:
+        slow = threads.submit(ask, client, [[SLOW]])
+        seen = []
+        with faulty.client() as other:
+            while not slow.done():
+                seen.append(other.get("/ready").status_code)
+                time.sleep(0.05)
+        assert slow.result().status_code == 200
+        assert set(seen) == {200}
 
 
 def test_a_process_that_was_stopped_goes_on(tiny_backbone: Path, serve: Serve) -> None:

@@ -123,6 +123,32 @@ def test_a_used_up_quota_is_429_with_the_time_to_wait(
             assert client.post("/encode", json=BODY, headers=tokens).status_code == status
 
 
+def test_a_refused_request_costs_no_tokens(
+    keyed: tuple[Served, dict[str, str]], file: Path
+) -> None:
+    few = make(file, "--scope", "infer", "--token-quota", "10/h")
+    ids = [20] * 10
+    with keyed[0].client(headers=few) as client:
+        wait_until(lambda: client.get("/adapters").status_code == 200)
+        for _ in range(3):
+            body = {"adapter": "no-such-adapter", "inputs": ids}
+            assert code(client.post("/encode", json=body)) == (404, "adapter_not_found")
+        assert client.post("/encode", json={"inputs": [*ids, 20]}).status_code == 200
+        assert code(client.post("/encode", json={"inputs": ids})) == (429, "quota_exceeded")
+
+
+def test_who_waits_as_told_has_quota_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("server.keys.time.monotonic", lambda: now[0])
+    bucket = Bucket(Quota.parse("10/m"))
+    bucket.take(25)
+    wait = bucket.wait_s(1)
+    now[0] += wait - 1
+    assert bucket.wait_s(1) == 1
+    now[0] += 1
+    assert bucket.wait_s(1) == 0
+
+
 def test_a_revoked_key_ends_without_a_restart_and_the_server_stays_closed(
     keyed: tuple[Served, dict[str, str]], file: Path
 ) -> None:

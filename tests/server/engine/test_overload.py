@@ -1,4 +1,4 @@
-"""Admission under overload: who is refused, and what the refusal says, on a device of known rate."""
+"""Admission before a device of known rate: who is refused under overload, and what he is told."""
 
 import asyncio
 import time
@@ -164,10 +164,19 @@ def test_what_is_ahead_is_counted_down_as_jobs_leave_by_any_way() -> None:
     device = Device()
     jobs = [device.ask("a")[0] for _ in range(8)]
     adapter: Version | None = jobs[0].adapter
-    line = line_key("", adapter)
-    assert device.queue.ahead([line], 1 << 20) == 8 * ROW
+    line, base = line_key("", adapter), line_key("", None)
+    assert device.queue.ahead([line], 8 * ROW) == 8 * ROW
     jobs[0].reply.abandoned = True
     jobs[1].deadline = 0.0
     device.queue.take(2 * ROW, lambda digest: SimpleNamespace())  # type: ignore[arg-type,return-value]
-    assert device.queue.ahead([line], 1 << 20) == 4 * ROW
-    assert device.queue.ahead([line_key("", None)], 1 << 20) == 0
+    assert device.queue.ahead([line], 4 * ROW) == 4 * ROW
+    assert device.queue.ahead([base], 4 * ROW) == 0
+
+
+def test_what_is_on_the_device_is_ahead_of_everybody() -> None:
+    device = Device()
+    for _ in range(8):
+        device.ask("a")
+    device.queue.take(2 * ROW, lambda digest: SimpleNamespace())  # type: ignore[arg-type,return-value]
+    assert device.admission.permits.held == 8 * ROW
+    assert device.queue.ahead([line_key("", None)], 8 * ROW) == 2 * ROW
