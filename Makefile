@@ -48,7 +48,7 @@ loadtest: setup ## two minutes of real traffic against a server of its own; the 
 	$(BIN)/python -m loadtest -t 120s -u 12 --shape steps --adapters 100 --drift 6 $(ARGS)
 
 overload: setup ## 0.5 to 3 times the sustainable load: overload.md and overload.svg (two minutes)
-	$(BIN)/python -m loadtest.overload $(ARGS)
+	$(BIN)/python -m loadtest.bench.overload $(ARGS)
 
 docs: setup ## the documents as a site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

@@ -26,8 +26,8 @@ OBJECTIVES = {
     "supersense": ["--objective=classify"],
     "era": ["--objective=classify"],
     "verses": ["--objective=pairs", "--fields=kjv,web"],
-    "translators": ["--objective=tokens", "--fields=kjv,added"],
-    "scripture": ["--objective=masked", "--epochs=8"],
+    "translators": ["--objective=tokens", "--fields=kjv,added", "--epochs=12"],
+    "scripture": ["--objective=masked", "--epochs=24"],
 }
 
 

@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from loadtest.overload import Measured, Point, picture, run, table
+from loadtest.bench.overload import Measured, Point, picture, run, table
 
 ANSWERS = {200, 503, 504}
 CONNECTIONS = 4

@@ -1,6 +1,6 @@
 """Overload: what a server does between half and three times the load that it can sustain.
 
-    python -m loadtest.overload [--window 12] [--out overload]
+    python -m loadtest.bench.overload [--window 12] [--out overload]
 
 A server of its own (the bench's small trunk, ADAPTERS adapters and the trunk alone, rows of
 mixed lengths, two API keys) is asked by an open loop with Poisson arrivals: a request is sent when
