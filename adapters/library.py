@@ -29,7 +29,7 @@ from adapters.errors import (
 from adapters.format import AdapterSet, read_adapter
 from adapters.leases import Lease, LeaseBook
 from adapters.names import check_name
-from adapters.probe import probe_delta
+from adapters.probe import Probe
 from adapters.registry import Registry
 from adapters.slots import SlotPool
 from adapters.store import BlobStore, Incoming
@@ -78,6 +78,7 @@ class Library:
         max_rank: int = MAX_RANK,
     ) -> None:
         self.backbone, self.encoder, self.max_rank = backbone, encoder, max_rank
+        self._probe = Probe(encoder, _critic_of(backbone, encoder))
         self._lock_file = _lock(folder)
         self.store = BlobStore(folder / "blobs", quota)
         self.registry = Registry(folder / "registry.sqlite")
@@ -189,17 +190,13 @@ class Library:
             self.max_rank,
         )
         self.slots.check_size(adapter)
-        delta = probe_delta(self.encoder, adapter, self._base_critic())
+        delta = self._probe.delta(adapter)
         read_off_only = manifest.labels or manifest.calibration  # heads that move no state
         if delta == 0 and not read_off_only and not upload.allow_zero:
             raise NoEffect(
                 "the adapter changes nothing: is every B zero? (allow_zero=true takes it)"
             )
         return Record(manifest, adapter.metadata, delta)
-
-    def _base_critic(self) -> Tensor | None:
-        weight = self.backbone.tensors.get("critic_head.weight")
-        return None if weight is None else weight[0].float().to(self.encoder.device)
 
     def _current_digest(self, name: str) -> str | None:
         if not self.registry.exists(name):
@@ -296,6 +293,11 @@ class Library:
                 raise Invalid(error.details["reason"], f"{path}: {error.message}") from error
             finally:
                 incoming.discard()
+
+
+def _critic_of(backbone: Backbone, encoder: Encoder) -> Tensor | None:
+    weight = backbone.tensors.get("critic_head.weight")
+    return None if weight is None else weight[0].float().to(encoder.device)
 
 
 def _lock(folder: Path) -> int:

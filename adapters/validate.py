@@ -186,10 +186,10 @@ def _check_norm_pairs(
 
 
 def _check_values(name: str, tensor: Tensor, serving_dtype: torch.dtype) -> None:
-    if not torch.isfinite(tensor).all():
-        raise Invalid("not_finite", f"{name} has values that are not finite")
     if not torch.isfinite(tensor.to(serving_dtype)).all():
-        raise Invalid("not_finite", f"{name} is finite, but not as {serving_dtype}")
+        if torch.isfinite(tensor).all():
+            raise Invalid("not_finite", f"{name} is finite, but not as {serving_dtype}")
+        raise Invalid("not_finite", f"{name} has values that are not finite")
     if name == "calibration" and not ((tensor >= 0) & (tensor <= 1)).all():
         raise Invalid("calibration", "calibration must be 100 numbers from 0 to 1")
 
