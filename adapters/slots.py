@@ -56,7 +56,7 @@ class SlotPool:
     """Resident adapters by digest. All methods are thread-safe and none but `load_now` waits.
 
     `read` brings an adapter from disk (it may raise TrunklineError); `changed` is called, with no
-    lock held, whenever a load has ended.
+    lock held, whenever a load has ended, `loaded` with the seconds of one that succeeded.
     """
 
     def __init__(
@@ -74,6 +74,7 @@ class SlotPool:
         self.config, self.dtype, self.device = config, dtype, device
         self.max_slots, self._read, self._host_tier = max_slots, read, host_tier
         self.changed: Callable[[], None] = lambda: None  # the engine's, once there is one
+        self.loaded: Callable[[float], None] = lambda seconds: None
         self._arena = Arena(capacity_bytes, device, poison=debug)
         self._slots: OrderedDict[str, Slot] = OrderedDict()  # least recently used first
         self._leaving: set[Slot] = set()
@@ -227,8 +228,10 @@ class SlotPool:
                     return
                 self._loading, for_jobs = self._wanted.popitem(last=False)
                 digest = self._loading
+            began = time.monotonic()
             try:
                 self._load(digest, for_jobs)
+                self.loaded(time.monotonic() - began)
             except TrunklineError as error:
                 self._fail(digest, error)
             except Exception:

@@ -21,6 +21,7 @@ from server.inputs import Encoded, token_entries
 OCTET_STREAM = "application/octet-stream"
 SAFETENSORS = "application/vnd.safetensors"
 METADATA_HEADER = "x-trunkline-metadata"
+MAX_FACTS = 8  # adapter names of one request in the log
 MAX_METADATA_BYTES = 60_000  # a header line: Python's http.client reads 65,536 bytes
 
 
@@ -54,6 +55,14 @@ class Answered:
             "total": (time.monotonic() - self.received) * 1e3,
         }
         return {name: round(ms, 3) for name, ms in times.items()}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For the log and the trace."""
+        names = sorted({result.adapter.name for result in self.results if result.adapter})
+        tokens = sum(len(row.ids) for row in self.rows)
+        times = {f"{name}_ms": ms for name, ms in self.timings.items() if name != "total"}
+        return {"rows": len(self.rows), "tokens": tokens, "adapters": names[:MAX_FACTS]} | times
 
     def envelope(self, model: str, data: list[dict[str, Any]]) -> dict[str, Any]:
         return {

@@ -1,5 +1,6 @@
 """create_app: the lifespan and the wiring."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from http import HTTPStatus
@@ -11,6 +12,7 @@ from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.types import ASGIApp
 
 import model
 from adapters.errors import TrunklineError
@@ -29,7 +31,7 @@ from server.keys import KeyRing
 from server.metrics import Metrics
 from server.middleware import RequestContext
 from server.routes import adapters, critic, encode, openai, ops, tokens, vllm
-from server.settings import Settings, default_data_dir
+from server.settings import BadSettings, Settings, default_data_dir
 from server.state import ServerState
 
 DEMO_BACKBONE = Path(model.__file__).parent / "demo"
@@ -47,7 +49,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     Raises BackboneError, BadKeys or TrunklineError, with a sentence, for a backbone folder, an
     adapter folder, a keys file or a data folder that can't be used, Int8Unavailable for int8 where
-    it can't be.
+    it can't be, BadSettings for traces where their extra is not installed.
     """
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -71,8 +73,21 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(ClientDisconnect, _client_left)
     app.add_exception_handler(Exception, _broken)
     hot = HotRoutes(app.build_middleware_stack(), HOT, app.exception_handlers)
-    app.middleware_stack = RequestContext(Guard(hot, app.state.keys), app.state.server.metrics)
+    inner: ASGIApp = Guard(hot, app.state.keys)
+    if settings.otlp_endpoint:
+        inner = _traced(inner, settings.otlp_endpoint, app.state.server)
+    app.middleware_stack = RequestContext(inner, app.state.server.metrics)
     return app
+
+
+def _traced(app: ASGIApp, endpoint: str, state: ServerState) -> ASGIApp:
+    try:
+        from server.traces import Traced  # noqa: PLC0415 -- an extra's
+    except ImportError as error:
+        raise BadSettings("setting otlp_endpoint: it needs trunkline[otel] installed") from error
+    traced = Traced(app, endpoint, __version__)
+    state.at_end = traced.provider.shutdown
+    return traced
 
 
 @asynccontextmanager
@@ -94,6 +109,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     yield
     await state.engine.stop()
     state.library.close()
+    await asyncio.to_thread(state.at_end)
 
 
 def _library(settings: Settings, backbone: Backbone, forward: Forward) -> Library:

@@ -1,10 +1,13 @@
 """Every metric, declared once."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+
+from server.top import TopAdapters
 
 _SECONDS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
 _TOKENS = (16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -39,11 +42,22 @@ class Residency(Collector):
         return iter(())
 
 
+@dataclass(frozen=True)
+class Ran:
+    """A row that was run."""
+
+    adapter: str
+    tokens: int
+    queue_s: float  # from its admission to its batch
+
+
 class Metrics:
     """One server's metrics, in a registry of their own."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.adapters = TopAdapters()
+        self.registry.register(self.adapters)
         self.requests = Counter(
             "trunkline_requests",
             "Answered requests by route and status.",
@@ -67,11 +81,14 @@ class Metrics:
         self.batch_rows = Histogram(
             "trunkline_batch_rows", "Rows of a batch.", buckets=_ROWS, registry=self.registry
         )
-        self.forward_seconds = Histogram(
-            "trunkline_forward_seconds",
-            "Time of a batch on the device.",
-            buckets=_SECONDS,
-            registry=self.registry,
+        self.tokenize_seconds = self._times("tokenize", "Time to tokenise a request's inputs.")
+        self.queue_seconds = self._times("queue", "Time from a row's admission to its batch.")
+        self.forward_seconds = self._times("forward", "Time of a batch on the device.")
+        self.load_seconds = self._times(
+            "adapter_load", "Time to bring an adapter version into the slots."
+        )
+        self.lag_seconds = self._times(
+            "event_loop_lag", "How late the event loop is for a timer, four times a second."
         )
         self.waiting_tokens = Gauge(
             "trunkline_waiting_tokens",
@@ -79,15 +96,25 @@ class Metrics:
             registry=self.registry,
         )
 
+    def _times(self, name: str, text: str) -> Histogram:
+        return Histogram(
+            f"trunkline_{name}_seconds", text, buckets=_SECONDS, registry=self.registry
+        )
+
     def watch_residency(self, now: Callable[[], Mapping[str, float]]) -> None:
         """Read the adapters' whereabouts from `now` at every exposition."""
         self.registry.register(Residency(now))
 
-    def batch(self, tokens: int, rows: int, seconds: float) -> None:
+    def batch(self, rows: Sequence[Ran], seconds: float) -> None:
+        """A batch that took so long on the device."""
+        tokens = sum(row.tokens for row in rows)
         self.tokens.inc(tokens)
         self.batch_tokens.observe(tokens)
-        self.batch_rows.observe(rows)
+        self.batch_rows.observe(len(rows))
         self.forward_seconds.observe(seconds)
+        for row in rows:
+            self.queue_seconds.observe(row.queue_s)
+            self.adapters.count(row.adapter, row.tokens)
 
     def request(self, route: str, status: int, seconds: float) -> None:
         key = (route, status)

@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.logs import FACTS, REQUEST_ID
 from server.metrics import Metrics
 
 log = logging.getLogger("trunkline.access")
@@ -28,8 +29,9 @@ class RequestContext:
             return
         began = time.monotonic()
         request_id = _request_id(scope)
-        scope.setdefault("state", {})["request_id"] = request_id.decode()
-        scope["state"]["received"] = began
+        state = scope.setdefault("state", {})
+        state |= {"request_id": request_id.decode(), "received": began, FACTS: {}}
+        REQUEST_ID.set(state["request_id"])
         status = 500
 
         async def send_with_id(message: Message) -> None:
@@ -49,7 +51,10 @@ class RequestContext:
             self.metrics.request(route, status, seconds)
             if log.isEnabledFor(logging.INFO):
                 path = quote(scope["path"])  # no line end of a client's gets into the log
-                log.info("%s %s %d %.1f ms", scope["method"], path, status, seconds * 1e3)
+                facts = {"method": scope["method"], "path": path, "route": route, "status": status}
+                facts |= {"total_ms": round(seconds * 1e3, 3)} | state[FACTS]
+                values = (scope["method"], path, status, seconds * 1e3)
+                log.info("%s %s %d %.1f ms", *values, extra={FACTS: facts})
 
 
 def _request_id(scope: Scope) -> bytes:

@@ -104,6 +104,10 @@ class Settings(BaseModel):
     insecure: bool = Field(
         False, description="Listen on an address that is not loopback without any keys."
     )
+    log_format: Literal["text", "json"] = Field("text", description="Log lines for people or JSON.")
+    otlp_endpoint: str | None = Field(
+        None, description="OpenTelemetry collector for a trace a request; needs trunkline[otel]."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Log level."
     )

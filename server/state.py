@@ -24,6 +24,7 @@ class ServerState:
     started: float = field(default_factory=time.time)
     draining: bool = False  # a stop was asked for: no upload is begun any more
     engine_lost: Callable[[], None] = lambda: None  # set by who runs the process
+    at_end: Callable[[], None] = lambda: None  # when the last request is answered
     engine: Engine = field(init=False)  # from the lifespan on: it needs the event loop
 
     @property

@@ -19,7 +19,7 @@ from server.engine.batcher import Batch
 from server.engine.engine import Engine
 from server.engine.forward import Forward
 from server.engine.job import Ask, Floats, Result
-from server.metrics import Metrics
+from server.metrics import Metrics, Ran
 
 ASK = Ask(frozenset({"embedding"}))
 TIMEOUT_S = 120.0
@@ -51,9 +51,9 @@ class BatchTimes(Metrics):
         super().__init__()
         self.times: list[tuple[float, int]] = []
 
-    def batch(self, tokens: int, rows: int, seconds: float) -> None:
-        super().batch(tokens, rows, seconds)
-        self.times.append((time.perf_counter(), tokens))
+    def batch(self, rows: Sequence[Ran], seconds: float) -> None:
+        super().batch(rows, seconds)
+        self.times.append((time.perf_counter(), sum(row.tokens for row in rows)))
 
     def rate(self, ends: float) -> float:
         """Tokens a second from the end of the first batch to the first end after `ends`."""

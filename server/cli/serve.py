@@ -28,6 +28,7 @@ from server.settings import BYTES, BadSettings, Settings, load_settings
 from server.state import ServerState
 
 ENGINE_LOST = 70  # exit status: the engine died or is stuck; start the server again
+START_FAULTS = (BadSettings, BadKeys, BackboneError, Int8Unavailable, TrunklineError)
 NOT_FLAGS = {"backbone", "fair_shares"}  # an argument; a table of the TOML file
 
 
@@ -61,10 +62,10 @@ def _serve(backbone: Path | None, config: Path | None, **flags: Any) -> None:
     given = {name: value for name, value in flags.items() if value is not None}
     try:
         settings = load_settings(given | ({"backbone": backbone} if backbone else {}), config)
-        configure_logs(settings.log_level)
+        configure_logs(settings.log_level, settings.log_format)
         app = create_app(settings)
         _refuse_open_door(settings, app.state.keys)
-    except (BadSettings, BadKeys, BackboneError, Int8Unavailable, TrunklineError) as error:
+    except START_FAULTS as error:
         raise click.ClickException(str(error)) from error
     server = DrainingServer(
         uvicorn.Config(

@@ -49,10 +49,12 @@ class Engine:
         )
         events = asyncio.get_running_loop()
         library.slots.changed = self.queue.wake
+        library.slots.loaded = metrics.load_seconds.observe
         self.loop = EngineLoop(
             self.queue, library.slots, forward, max_batch_tokens, events, metrics, self.rate
         )
         self.loop.died = self._fail
+        self.metrics = metrics
         self.failed = False
         self.lost: Callable[[], None] = lambda: None  # the server's: ends the process
         self._waiting: set[Reply] = set()
@@ -102,7 +104,9 @@ class Engine:
         """
         last = self.loop.progress
         while not self.failed:
+            due = time.monotonic() + TICK_S
             await asyncio.sleep(TICK_S)
+            self.metrics.lag_seconds.observe(max(0.0, time.monotonic() - due))
             now = self.loop.progress
             self._stuck_s = self._stuck_s + TICK_S if now is not None and now == last else 0.0
             last = now

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from adapters.errors import TrunklineError
+from adapters.names import BASE
 from adapters.slots import Slot, SlotPool
 from server.engine.batcher import form_batch
 from server.engine.errors import DeadlineExceeded, Overloaded
@@ -16,7 +17,7 @@ from server.engine.forward import Forward
 from server.engine.job import Job, Result
 from server.engine.queue import JobQueue, Taken
 from server.engine.rate import DrainRate
-from server.metrics import Metrics
+from server.metrics import Metrics, Ran
 
 log = logging.getLogger("trunkline.engine")
 
@@ -80,7 +81,11 @@ class EngineLoop:
             # What lies between two batches counts too, as long as there was work to do.
             self.rate.note(tokens, now - max(self._ended, oldest))
         self._ended = now
-        self.metrics.batch(tokens, len(jobs), now - began)
+        ran = [
+            Ran(job.adapter.name if job.adapter else BASE, job.tokens, began - job.admitted)
+            for job in jobs
+        ]
+        self.metrics.batch(ran, now - began)
         self._reply(jobs, results, began)
 
     def _run_jobs(self, jobs: Sequence[Job], slots: Mapping[str, Slot]) -> list[tuple[Job, Result]]:

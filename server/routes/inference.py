@@ -42,7 +42,8 @@ async def answer_inputs(
     block_size = state.backbone.config.block_size
     limit, most = (block_size, None) if truncate else (None, block_size)
     encoded = await encode_inputs(inputs, state.backbone.tokenizer, limit, most)
-    tokenize_ms = (time.monotonic() - began) * 1e3
+    tokenize_s = time.monotonic() - began
+    state.metrics.tokenize_seconds.observe(tokenize_s)
     rows = [Row(item.ids, reference) for item in encoded for reference in references]
     timeout_s = (timeout_ms or state.settings.default_timeout_ms) / 1e3
     results = await _run(request, rows, ask, received + timeout_s)
@@ -50,7 +51,9 @@ async def answer_inputs(
         assert results[0].error is not None
         raise results[0].error
     spread = [item for item in encoded for _ in references]
-    return Answered(spread, results, received, tokenize_ms)
+    answered = Answered(spread, results, received, tokenize_s * 1e3)
+    request.state.facts.update(answered.facts)
+    return answered
 
 
 async def _run(request: Request, rows: list[Row], ask: Ask, deadline: float) -> list[Result]:
