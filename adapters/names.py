@@ -8,8 +8,12 @@ from adapters.errors import BadName
 BASE = "base"  # the backbone alone, never an adapter's name
 CURRENT = "current"  # the alias behind a bare name
 # The part of a route behind an adapter's name; a namespaced name must not end in one.
-ROUTE_WORDS = {"load", "unload", "pin", "unpin", "versions", "aliases"}
+ROUTE_WORDS = {"load", "unload", "pin", "unpin", "verify", "versions", "aliases"}
 MIN_DIGEST_PREFIX = 12
+
+# For documents: what check_name and check_alias allow, but for the words that mean something else.
+NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,63}(/[a-z0-9][a-z0-9_-]{0,63})?$"
+ALIAS_PATTERN = r"^[a-z][a-z0-9_-]{0,63}$"
 
 _PART = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")

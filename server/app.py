@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 from pathlib import Path
+from typing import Any
 
 import torch
 from fastapi import FastAPI
@@ -12,6 +13,7 @@ from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.routing import Match
 from starlette.types import ASGIApp
 
 import model
@@ -31,6 +33,7 @@ from server.keys import KeyRing
 from server.metrics import Metrics
 from server.middleware import RequestContext
 from server.routes import adapters, critic, encode, openai, ops, tokens, vllm
+from server.routes.documented import with_path_patterns
 from server.settings import BadSettings, Settings, default_data_dir
 from server.state import ServerState
 
@@ -68,6 +71,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.keys = KeyRing(keys)
     for routes in (encode, critic, openai, vllm, tokens, adapters, ops):
         app.include_router(routes.router)
+    app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     app.add_exception_handler(TrunklineError, _refused)
     app.add_exception_handler(HTTPException, _refused_by_router)
     app.add_exception_handler(ClientDisconnect, _client_left)
@@ -88,6 +92,12 @@ def _traced(app: ASGIApp, endpoint: str, state: ServerState) -> ASGIApp:
     traced = Traced(app, endpoint, __version__)
     state.at_end = traced.provider.shutdown
     return traced
+
+
+def _document(app: FastAPI) -> dict[str, Any]:
+    if app.openapi_schema is None:
+        app.openapi_schema = with_path_patterns(FastAPI.openapi(app))
+    return app.openapi_schema
 
 
 @asynccontextmanager
@@ -191,8 +201,18 @@ async def _refused_by_router(request: Request, error: Exception) -> Response:
     wrong_method = error.status_code == HTTPStatus.METHOD_NOT_ALLOWED
     code = "method_not_allowed" if wrong_method else "not_found"
     response = _answer(request, RequestError(code, HTTPStatus(error.status_code).phrase))
-    response.headers.update(error.headers or {})
+    if wrong_method:
+        response.headers["allow"] = ", ".join(_methods(request))
     return response
+
+
+def _methods(request: Request) -> list[str]:
+    """Those of every route of this path; Starlette tells of the first route alone."""
+    methods: set[str] = set()
+    for route in request.app.routes:
+        if route.matches(request.scope)[0] != Match.NONE:
+            methods |= getattr(route, "methods", None) or set()
+    return sorted(methods)
 
 
 async def _client_left(_: Request, __: Exception) -> Response:

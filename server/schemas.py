@@ -13,9 +13,11 @@ from pydantic import (
     model_validator,
 )
 
+from adapters.names import NAME_PATTERN
 from server.bodies import InputFault
 from server.engine.job import Ids
 
+REFERENCE_PATTERN = NAME_PATTERN.removesuffix("$") + r"(@([1-9][0-9]{0,8}|[a-z][a-z0-9_-]{0,63}))?$"
 Output = Literal["embedding", "tokens", "critic", "logits", "labels"]
 Pooling = Literal["mean", "cls", "last"]
 
@@ -66,18 +68,33 @@ def _ids(value: list[Any], row: int | None) -> Ids:
         raise InputFault("token_out_of_range", "a token id is out of any range", row=row) from error
 
 
-_ROW_SCHEMA = [{"type": "string"}, {"type": "array", "items": {"type": "integer"}}]
+_TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
+_IDS: dict[str, Any] = {
+    "type": "array",
+    "items": {"type": "integer", "minimum": 0},
+    "minItems": 1,
+}
+
+
+def _rows_schema(text: str, *rows: dict[str, Any]) -> WithJsonSchema:
+    """One of `rows`, or a list of them."""
+    lists = {"type": "array", "items": {"anyOf": list(rows)}, "minItems": 1}
+    return WithJsonSchema({"anyOf": [*rows, lists], "description": text})
+
+
+_Parsed = Annotated[list[Any], BeforeValidator(parse_inputs)]
 Inputs = Annotated[
-    list[Any],
-    BeforeValidator(parse_inputs),
-    WithJsonSchema(
-        {
-            "anyOf": [*_ROW_SCHEMA, {"type": "array", "items": {"anyOf": _ROW_SCHEMA}}],
-            "description": "A text, a list of token ids, or a list of either.",
-        }
+    _Parsed, _rows_schema("A text, a list of token ids, or a list of either.", _TEXT, _IDS)
+]
+Texts = Annotated[_Parsed, _rows_schema("A text, or a list of texts.", _TEXT)]
+IdRows = Annotated[_Parsed, _rows_schema("A list of token ids, or a list of those.", _IDS)]
+Reference = Annotated[
+    str,
+    Field(
+        description="name, name@3, name@alias, name@sha256:<hex>, base",
+        json_schema_extra={"pattern": REFERENCE_PATTERN},
     ),
 ]
-Reference = Annotated[str, Field(description="name, name@3, name@alias, name@sha256:<hex>, base")]
 
 
 class StrictModel(BaseModel):
@@ -133,15 +150,15 @@ class EmbeddingsRequest(StrictModel):
 
 
 class TokenizeRequest(StrictModel):
-    inputs: Inputs
+    inputs: Texts
 
 
 class DetokenizeRequest(StrictModel):
-    ids: Inputs
+    ids: IdRows
 
 
 class AliasRequest(StrictModel):
-    version: Annotated[int, Field(ge=1)]
+    version: Annotated[int, Field(ge=1, le=999_999_999)]
 
 
 class LoadLoraRequest(StrictModel):

@@ -17,12 +17,15 @@ from server.answers import JSONAnswer, adapter_entry
 from server.bodies import read_json
 from server.engine.errors import BadInput, Draining
 from server.guard import caller_of, check_adapter
-from server.routes.documented import BODY, READ, UPLOAD, errors, json_body, octet_body
+from server.routes.documented import BODY, IN_USE, READ, UPLOAD, errors, json_body, octet_body
 from server.schemas import AliasRequest
 from server.state import state_of
 from server.uploads import upload
 
 LOAD_TIMEOUT_S = 30.0
+# Of a route that takes a reference: name, name@3, name@alias, name@sha256:<hex>
+NAMED = ("adapter_not_found", "version_not_found", "adapter_damaged", "validation_error")
+REMOVE = (*READ, *NAMED, "read_only", "storage_full")
 MAX_PAGE = 1000
 
 
@@ -101,7 +104,10 @@ async def put_alias(request: Request, name: str, alias: str) -> Response:
     )
 
 
-@router.post("/{name:adapter}/load", responses=errors(*READ, "adapter_not_found", "overloaded"))
+@router.post(
+    "/{name:adapter}/load",
+    responses=errors(*READ, *NAMED, "overloaded") | {202: {"description": "It still loads."}},
+)
 async def load(request: Request, name: str) -> Response:
     """Bring it into the slots; 200 when it is there, 202 while that still goes on."""
     library = state_of(request).library
@@ -109,7 +115,9 @@ async def load(request: Request, name: str) -> Response:
     return JSONAnswer(_residency(version, library), 200 if done else 202)
 
 
-@router.post("/{name:adapter}/unload", responses=errors(*READ, "adapter_not_found"))
+@router.post(
+    "/{name:adapter}/unload", responses=errors(*READ, *NAMED, "read_only", "storage_full") | IN_USE
+)
 async def unload(request: Request, name: str) -> Response:
     """Take it out of the slots: 202 with in_flight while requests use it, 200 when it is gone."""
     library = state_of(request).library
@@ -118,7 +126,10 @@ async def unload(request: Request, name: str) -> Response:
     return JSONAnswer(answer, 202 if in_flight else 200)
 
 
-@router.post("/{name:adapter}/pin", responses=errors(*READ, "adapter_not_found", "overloaded"))
+@router.post(
+    "/{name:adapter}/pin",
+    responses=errors(*READ, *NAMED, "overloaded", "read_only", "storage_full"),
+)
 async def pin(request: Request, name: str) -> Response:
     """Load it and exempt it from eviction."""
     library = state_of(request).library
@@ -126,7 +137,7 @@ async def pin(request: Request, name: str) -> Response:
     return JSONAnswer(_residency(version, library))
 
 
-@router.post("/{name:adapter}/unpin", responses=errors(*READ, "adapter_not_found"))
+@router.post("/{name:adapter}/unpin", responses=errors(*READ, *NAMED, "read_only", "storage_full"))
 async def unpin(request: Request, name: str) -> Response:
     """Let it be evicted again."""
     library = state_of(request).library
@@ -134,7 +145,9 @@ async def unpin(request: Request, name: str) -> Response:
     return JSONAnswer(_residency(version, library))
 
 
-@router.post("/{name:adapter}/verify", responses=errors(*READ, "adapter_not_found"))
+@router.post(
+    "/{name:adapter}/verify", responses=errors(*READ, "adapter_not_found", "validation_error")
+)
 async def verify(request: Request, name: str) -> Response:
     """Hash the stored files of all versions again."""
     library = state_of(request).library
@@ -147,9 +160,7 @@ async def verify(request: Request, name: str) -> Response:
     return JSONAnswer({"name": name, "sound": not any(faults.values()), "versions": faults})
 
 
-@router.delete(
-    "/{name:adapter}/versions/{number}", responses=errors(*READ, "version_not_found", "read_only")
-)
+@router.delete("/{name:adapter}/versions/{number}", responses=errors(*REMOVE) | IN_USE)
 async def delete_version(request: Request, name: str, number: str) -> Response:
     """Unpublish one version at once; its memory and file are freed when the last request ends."""
     if not re.fullmatch(r"[1-9][0-9]{0,8}", number):
@@ -208,7 +219,7 @@ async def get(request: Request, name: str) -> Response:
     return JSONAnswer(answer, headers=headers)
 
 
-@router.delete("/{name:adapter}", responses=errors(*READ, "adapter_not_found", "read_only"))
+@router.delete("/{name:adapter}", responses=errors(*REMOVE) | IN_USE)
 async def delete(request: Request, name: str) -> Response:
     """Unpublish a name with all its versions at once: 202 while requests use it, else 200."""
     return await _delete(request, name, None)

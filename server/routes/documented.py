@@ -1,12 +1,15 @@
 """What the OpenAPI document says of a route: its body, and every error it can answer."""
 
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 from pydantic import BaseModel
 
+from adapters.names import ALIAS_PATTERN, NAME_PATTERN
 from server.errors import STATUS
 
+HEAD = ("malformed_request", "receive_timeout", "headers_too_large")  # of every route
 GUARD = ("unauthorized", "forbidden", "quota_exceeded")  # of every route, once there are keys
 READ = ("not_ready", "internal_error")
 BODY = (
@@ -67,10 +70,36 @@ _ERROR_SCHEMA = {
 }
 
 
+# Of a route that frees what requests may use
+IN_USE: dict[int | str, dict[str, Any]] = {202: {"description": "in_flight requests use it yet."}}
+# Of what stands in a path
+PATH_PATTERNS = {"name": NAME_PATTERN, "alias": ALIAS_PATTERN, "number": r"^[1-9][0-9]{0,8}$"}
+
+
 def errors(*codes: str) -> dict[int | str, dict[str, Any]]:
-    """FastAPI's `responses` for these codes of the table."""
+    """FastAPI's `responses` for these codes of the table, on a route that asks for a key."""
+    return _responses((*HEAD, *GUARD, *codes))
+
+
+def public_errors(*codes: str) -> dict[int | str, dict[str, Any]]:
+    """The same for a route that is open to everybody."""
+    return _responses((*HEAD, *codes))
+
+
+def with_path_patterns(document: dict[str, Any]) -> dict[str, Any]:
+    """The OpenAPI document, with the patterns of names in it; the routes check them themselves."""
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            for parameter in operation.get("parameters", ()):
+                pattern = PATH_PATTERNS.get(parameter["name"])
+                if parameter["in"] == "path" and pattern:
+                    parameter["schema"]["pattern"] = pattern
+    return document
+
+
+def _responses(codes: Iterable[str]) -> dict[int | str, dict[str, Any]]:
     by_status = defaultdict(list)
-    for code in (*GUARD, *codes):
+    for code in codes:
         by_status[STATUS[code]].append(code)
     content = {"application/json": {"schema": _ERROR_SCHEMA}}
     return {

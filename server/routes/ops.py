@@ -5,24 +5,26 @@ from dataclasses import asdict
 
 from fastapi import APIRouter
 from starlette.requests import Request
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
 from server import __version__
 from server.answers import JSONAnswer
 from server.engine.errors import Draining, NotReady
-from server.routes.documented import READ, errors
+from server.routes.documented import READ, errors, public_errors
 from server.state import state_of
+
+EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
 
 router = APIRouter(tags=["operations"])
 
 
-@router.get("/health")
+@router.get("/health", responses=public_errors())
 async def health() -> Response:
     """The process is alive. Answered by the event loop alone; never waits for a forward."""
     return JSONAnswer({"status": "ok"})
 
 
-@router.get("/ready", responses=errors("not_ready", "draining"))
+@router.get("/ready", responses=public_errors("not_ready", "draining"))
 async def ready(request: Request) -> Response:
     """Whether to send traffic here: the device thread lives and is not stuck."""
     if state_of(request).draining:
@@ -32,11 +34,15 @@ async def ready(request: Request) -> Response:
     return JSONAnswer({"status": "ready"})
 
 
-@router.get("/metrics")
+@router.get(
+    "/metrics",
+    response_class=PlainTextResponse,
+    responses=errors() | {200: {"content": {EXPOSITION: {}}}},
+)
 async def metrics(request: Request) -> Response:
     """Prometheus' text format."""
     exposition = state_of(request).metrics.exposition()
-    return Response(exposition, media_type="text/plain; version=0.0.4; charset=utf-8")
+    return Response(exposition, media_type=EXPOSITION)
 
 
 @router.get("/info", responses=errors(*READ))
