@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup serve test lint format check crash soak bench loadtest overload docs image-test deploy-test demo demo-setup demo-data demo-train demo-evaluate
+.PHONY: setup serve test lint format check crash soak bench loadtest overload fuzz restarts attack audit docs image-test deploy-test demo demo-setup demo-data demo-train demo-evaluate
 
 setup: $(STAMP)
 
@@ -40,6 +40,24 @@ soak: setup ## 1,000 swaps under traffic, long state machines and fuzzing (about
 	SWAPS=1000 $(BIN)/python -m pytest tests/server/test_swaps.py
 	STATE_EXAMPLES=300 STATE_STEPS=60 $(BIN)/python -m pytest tests/adapters/test_library_states.py
 	FUZZ_EXAMPLES=20000 $(BIN)/python -m pytest tests/adapters/test_format.py
+
+FUZZ_S ?= 120
+
+fuzz: setup ## coverage-guided fuzzing of the parsers, then Schemathesis on a live server (8 minutes)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt atheris schemathesis
+	set -e; for check in adapter_header json_body head; do \
+	  PYTHONPATH=.:tests $(BIN)/python tests/fuzz.py $$check -max_total_time=$(FUZZ_S) -max_len=4096; done
+	PYTHONPATH=.:tests $(BIN)/python tests/fuzz_api.py $(FUZZ_S)
+
+restarts: setup ## 100 rolling restarts of two servers behind a balancer, under traffic
+	RESTARTS=100 $(BIN)/python -m pytest -s tests/server/test_rolling_restarts.py
+
+attack: setup ## every bad input for seconds each, with the latency of /health beside it: attack.md
+	ATTACK_S=2 ATTACK_REPORT=attack.md $(BIN)/python -m pytest -s tests/server/test_under_attack.py
+
+audit: setup ## known vulnerabilities in the pinned packages; needs the internet
+	$(BIN)/python -m pip install --quiet pip-audit
+	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 bench: setup ## this machine, measured: ratios in a table, and as a line of JSON (about 10 minutes)
 	$(BIN)/trunkline bench $(ARGS)
