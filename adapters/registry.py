@@ -81,12 +81,17 @@ class Registry:
             raise NotFound(f"no adapter is named {name}")
         return found[0]
 
-    def page(self, after: str = "", limit: int = 100) -> list[Named]:
-        """Names in order, those behind `after`."""
+    def page(
+        self, after: str = "", limit: int = 100, patterns: Sequence[str] = ("*",)
+    ) -> list[Named]:
+        """Names in order, those behind `after` that a shell pattern matches, as fnmatch has it."""
+        globs = [pattern.replace("[!", "[^") for pattern in patterns]
+        matches = " OR ".join(["name GLOB ?"] * len(globs))
         rows = self._rows(
-            """SELECT DISTINCT name FROM versions WHERE deleted_at IS NULL AND name > ?
-            ORDER BY name LIMIT ?""",
+            f"""SELECT DISTINCT name FROM versions WHERE deleted_at IS NULL AND name > ?
+            AND ({matches}) ORDER BY name LIMIT ?""",
             after,
+            *globs,
             limit,
         )
         return self._named([row[0] for row in rows])

@@ -126,10 +126,10 @@ def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-DOCUMENTS: dict[str, dict] = {}  # OpenAPI's paths, by a server's address
+PATHS: dict[str, dict] = {}  # of the OpenAPI document, which is the same of every server
 
 
-def demand_stated(answer: httpx.Response, paths: Mapping[str, dict]) -> None:
+def demand_stated(answer: httpx.Response) -> None:
     """Raises AssertionError for a status that the operation's document does not state.
 
     Of an unknown path or method only 401, 403, 404, 405, 422 and 429 are expected; 499 is nobody's.
@@ -139,11 +139,11 @@ def demand_stated(answer: httpx.Response, paths: Mapping[str, dict]) -> None:
         return
     method = "get" if request.method == "HEAD" else request.method.lower()
     stated = {404, 405, 401, 403, 422, 429, 307}
-    for path in sorted(paths, key=len, reverse=True):
+    for path in sorted(PATHS, key=len, reverse=True):
         pattern = re.escape(path).replace("\\{name\\}", "[A-Za-z0-9._/@:-]+")
         pattern = re.sub(r"\\{\w+\\}", "[^/]+", pattern)
-        if re.fullmatch(pattern, request.url.path) and method in paths[path]:
-            stated = {int(status) for status in paths[path][method]["responses"]}
+        if re.fullmatch(pattern, request.url.path) and method in PATHS[path]:
+            stated = {int(status) for status in PATHS[path][method]["responses"]}
             break
     where = f"{request.method} {request.url.path}"
     assert answer.status_code in stated, f"{where} answered {answer.status_code}, not stated"
@@ -159,13 +159,10 @@ class Served:
 
     def client(self, **options) -> httpx.Client:
         """Every answer that it gets must be one that the OpenAPI document states."""
-        hooks = {"response": [self._demand_stated]}
+        if not PATHS:
+            PATHS.update(httpx.get(f"{self.url}/openapi.json").json()["paths"])
+        hooks = {"response": [demand_stated]}
         return httpx.Client(base_url=self.url, timeout=60, event_hooks=hooks, **options)
-
-    def _demand_stated(self, answer: httpx.Response) -> None:
-        if not DOCUMENTS.get(self.url):
-            DOCUMENTS[self.url] = httpx.get(f"{self.url}/openapi.json").json()["paths"]
-        demand_stated(answer, DOCUMENTS[self.url])
 
     def stop(self) -> int:
         """SIGTERM, wait, and the exit code; after 20 s SIGKILL."""

@@ -64,13 +64,10 @@ async def adapters(request: Request) -> Response:
     if not 1 <= limit <= MAX_PAGE:
         raise BadInput(f"limit must be 1 to {MAX_PAGE}")
     after = request.query_params.get("after", "")
-    page = await asyncio.to_thread(library.registry.page, after, limit + 1)
     caller = caller_of(request)
-    data = [
-        _summary(named, library)
-        for named in page[:limit]
-        if caller is None or caller.key.may_use(named.name)
-    ]
+    patterns = (caller.key.adapters if caller else ()) or ("*",)
+    page = await asyncio.to_thread(library.registry.page, after, limit + 1, patterns)
+    data = [_summary(named, library) for named in page[:limit]]
     following = page[limit - 1].name if len(page) > limit else None
     return JSONAnswer({"object": "list", "data": data, "next": following})
 

@@ -32,11 +32,12 @@ def ask(client: httpx.Client, inputs: list[list[int]]) -> httpx.Response:
     return client.post("/encode", json={"adapter": "plain", "inputs": inputs})
 
 
-def test_one_poisoned_row_in_any_place_errs_alone(faulty: Served) -> None:
+def test_one_poisoned_row_in_any_of_sixteen_places_errs_alone(faulty: Served) -> None:
+    good = [[20 + n % 5] * (1 + n % 4) for n in range(15)]
     with faulty.client() as client:
-        expected = [row["embedding"] for row in ask(client, GOOD).json()["data"]]
-        for place in range(len(GOOD) + 1):
-            answer = ask(client, [*GOOD[:place], [POISON], *GOOD[place:]])
+        expected = [row["embedding"] for row in ask(client, good).json()["data"]]
+        for place in range(len(good) + 1):
+            answer = ask(client, [*good[:place], [POISON], *good[place:]])
             assert answer.status_code == 200
             rows = answer.json()["data"]
             assert rows.pop(place)["error"]["code"] == "internal_error"

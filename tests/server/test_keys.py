@@ -2,6 +2,7 @@
 
 import json
 import socket
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import httpx
@@ -105,6 +106,30 @@ def test_a_key_uses_the_adapters_of_its_patterns_only(
         audit = client.get("/adapters/plain", headers=own).json()["audit"]
         identity = own["authorization"].split("_")[1]
         assert any(identity in entry["who"] for entry in audit), audit
+
+
+def test_a_key_s_pages_are_full_of_its_own_adapters_and_name_no_others(
+    keyed: tuple[Served, dict[str, str]], file: Path, tiny_backbone: Path
+) -> None:
+    served, admin = keyed
+    content = (tiny_backbone / "adapters" / "plain.safetensors").read_bytes()
+    kind = {"content-type": "application/octet-stream"}
+    mine, theirs = ([f"{space}/{n}" for n in range(5)] for space in ("acme", "zeta"))
+    with served.client(headers=admin) as client:
+        for name in (*mine, *theirs):
+            assert client.put(f"/adapters/{name}", content=content, headers=kind).status_code == 201
+    own = make(file, "--adapters", "[!b-z]*/?", "--adapters", "zeta/[34]")
+    seen, after = [], ""
+    with served.client(headers=own) as client:
+        wait_until(lambda: client.get("/info").status_code == 200)
+        while after is not None:
+            page = client.get("/adapters", params={"limit": 3, "after": after}).json()
+            names = [row["name"] for row in page["data"]]
+            assert len(names) == 3 or page["next"] is None
+            assert page["next"] in (None, names[-1])
+            seen, after = seen + names, page["next"]
+    patterns = ("[!b-z]*/?", "zeta/[34]")
+    assert seen == [n for n in (*mine, *theirs) if any(fnmatchcase(n, p) for p in patterns)]
 
 
 def test_a_used_up_quota_is_429_with_the_time_to_wait(
