@@ -16,6 +16,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from server.errors import STATUS, RequestError, error_body
 
 MAX_HEADER_BYTES = 64 << 10
+READ_BYTES = 16 << 10  # at once; and all that is read of a request before its handler asks for more
 HEADER_TIMEOUT_S = 10.0
 CLIENT = "trunkline.client"  # of a scope: its Client
 _LINE = re.compile(rb"[A-Z]+ /[!-~]* HTTP/1\.[01]\r\n")  # a request, whatever its method
@@ -81,8 +82,13 @@ class Connection(HttpToolsProtocol):
             if not self._head_bytes:
                 self._start = data[:256]
             self._head_bytes += len(data)
+        began_in_head = self._in_head
         super().data_received(data)
-        if not self._in_head or self.transport.is_closing():
+        if self.transport.is_closing():
+            return
+        if began_in_head and self.cycle is not None and self.cycle.more_body:
+            self.flow.pause_reading()  # whoever is refused by the head sends no more of the body
+        if not self._in_head:
             return
         if self._head_bytes > MAX_HEADER_BYTES:
             self._refuse("headers_too_large", f"the head may have {MAX_HEADER_BYTES} bytes")
@@ -142,6 +148,35 @@ class Connection(HttpToolsProtocol):
         )
         self.transport.write(head.encode() + body)
         self.transport.close()
+
+
+class BoundedReads(asyncio.BufferedProtocol):
+    """A Connection that is given at most READ_BYTES at once."""
+
+    def __init__(self, **options: Any) -> None:
+        self.connection = Connection(**options)
+        self._buffer = memoryview(bytearray(READ_BYTES))
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.connection.data_received(bytes(self._buffer[:nbytes]))
+
+    def connection_made(self, transport: Any) -> None:
+        self.connection.connection_made(transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.connection.connection_lost(exc)
+
+    def eof_received(self) -> bool | None:
+        return self.connection.eof_received()
+
+    def pause_writing(self) -> None:
+        self.connection.pause_writing()
+
+    def resume_writing(self) -> None:
+        self.connection.resume_writing()
 
 
 def _fault() -> BaseException | None:

@@ -21,7 +21,7 @@ from model.checkpoint import BackboneError
 from model.quantized import Int8Unavailable
 from server import __version__
 from server.app import create_app
-from server.connection import Connection
+from server.connection import BoundedReads
 from server.keys import BadKeys, KeyRing
 from server.logs import configure_logs
 from server.settings import BYTES, BadSettings, Settings, load_settings
@@ -72,7 +72,7 @@ def _serve(backbone: Path | None, config: Path | None, **flags: Any) -> None:
             app,
             host=settings.host,
             port=settings.port,
-            http=Connection,
+            http=BoundedReads,  # type: ignore[arg-type]
             ws="none",
             log_config=None,
             access_log=False,

@@ -1,6 +1,7 @@
 """Keys, scopes and quotas: refused before the body, stored hashed, reloaded, closed once keyed."""
 
 import json
+import re
 import socket
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -203,6 +204,30 @@ def test_a_body_is_not_read_without_a_key(keyed: tuple[Served, dict[str, str]]) 
             received += part
     assert received.startswith(b"HTTP/1.1 401")
     assert len(received) < 4096
+
+
+def bytes_read(served: Served) -> int:
+    """By the process, of files and sockets, since it began."""
+    counts = Path(f"/proc/{served.process.pid}/io").read_text()
+    return int(re.search(r"rchar: (\d+)", counts)[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="counts reads as Linux tells them")
+def test_at_most_16_kib_of_a_body_without_a_key_are_read(
+    keyed: tuple[Served, dict[str, str]],
+) -> None:
+    served, _ = keyed
+    host, port = served.url.removeprefix("http://").split(":")
+    head = b"POST /encode HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    received = []
+    before = bytes_read(served)
+    for _ in range(20):
+        with socket.create_connection((host, int(port)), timeout=30) as connection:
+            connection.sendall(head + b"content-length: 1000000\r\n\r\n" + b" " * 60_000)
+            received.append(connection.recv(65536))
+    assert all(answer.startswith(b"HTTP/1.1 401") for answer in received)
+    assert all(len(answer) < 4096 for answer in received)
+    assert bytes_read(served) - before <= 20 * (16 << 10)
 
 
 @pytest.mark.parametrize("scope", ["PUT /adapters/a", "DELETE /adapters/a", "GET /debug/engine"])
