@@ -169,8 +169,8 @@ class BoundedReads(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.connection.connection_lost(exc)
 
-    def eof_received(self) -> bool | None:
-        return self.connection.eof_received()
+    def eof_received(self) -> None:
+        self.connection.eof_received()
 
     def pause_writing(self) -> None:
         self.connection.pause_writing()
