@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -50,6 +50,7 @@ SHAPE = [
     "--held-out=0.1",
 ]
 QUICK = ["--threads=1", "--batch-tokens=256", "--learning-rate=1e-2", "--checkpoint-every=20"]
+ADAMW, MUON = ("--epochs=20",), ("--epochs=6", "--muon")
 ANIMALS, TOOLS = ("cat", "dog", "hen", "cow", "pig"), ("saw", "axe", "pen", "jug", "mop")
 
 
@@ -99,7 +100,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trunk(corpus: Path) -> Path:
     """A tiny trunk, trained without a break."""
     out = corpus.parent / "trunk"
-    result = trunkline("trunk", corpus, "--out", out, *SHAPE, *QUICK, "--epochs", "20")
+    result = trunkline("trunk", corpus, "--out", out, *SHAPE, *QUICK, *ADAMW)
     assert result.exit_code == 0, result.output
     return out
 
@@ -137,11 +138,29 @@ def test_trunk_training_lowers_the_loss_and_leaves_a_backbone(trunk: Path) -> No
     assert metrics["masked_accuracy"] > 0.3
 
 
+@pytest.fixture(scope="module")
+def muon_trunk(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with Muon, without a break either."""
+    out = tmp_path_factory.mktemp("muon") / "trunk"
+    result = trunkline("trunk", corpus, "--out", out, *SHAPE, *QUICK, *MUON)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def test_muon_lowers_the_loss_too_and_steps_otherwise(trunk: Path, muon_trunk: Path) -> None:
+    curve, other = (losses(folder.with_name("trunk.run")) for folder in (muon_trunk, trunk))
+    assert min(curve) < 0.8 * curve[0]
+    assert curve[0] == other[0]  # the same weights and rows, and another first step
+    assert curve[1] != other[1]
+
+
+@pytest.mark.parametrize(("whole", "options"), [("trunk", ADAMW), ("muon_trunk", MUON)])
 def test_killed_run_goes_on_to_the_same_loss_and_the_same_trunk(
-    corpus: Path, trunk: Path, tmp_path: Path
+    whole: str, options: Sequence[str], corpus: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
+    trunk: Path = request.getfixturevalue(whole)
     out, run = tmp_path / "trunk", tmp_path / "trunk.run"
-    arguments = ["trunk", corpus, "--out", out, *SHAPE, *QUICK, "--epochs", "20"]
+    arguments = ["trunk", corpus, "--out", out, *SHAPE, *QUICK, *options]
     command = [sys.executable, "-m", "server.cli", "train", *map(str, arguments)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (run / "checkpoint.pt").exists() and process.poll() is None:
