@@ -7,6 +7,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    FailFast,
     Field,
     ValidationInfo,
     WithJsonSchema,
@@ -105,7 +106,7 @@ class InferenceRequest(StrictModel):
     """What /encode, /critic and /classify have in common."""
 
     adapter: Reference | None = None
-    adapters: Annotated[list[Reference], Field(min_length=1, max_length=256)] | None = None
+    adapters: Annotated[list[Reference] | None, Field(min_length=1, max_length=256)] = None
     inputs: Inputs
     truncate: bool = False
     timeout_ms: Annotated[int, Field(ge=1, le=3_600_000)] | None = None
@@ -122,7 +123,7 @@ class InferenceRequest(StrictModel):
 
 
 class EncodeRequest(InferenceRequest):
-    outputs: Annotated[list[Output], Field(min_length=1)] = ["embedding"]
+    outputs: Annotated[list[Output], Field(min_length=1, max_length=16), FailFast()] = ["embedding"]
     pooling: Pooling | None = None
     normalize: bool = True
     dimensions: Annotated[int, Field(ge=1)] | None = None
