@@ -87,7 +87,7 @@ def parse(raw: bytes, schema: type[Schema], max_inputs: int) -> Schema:
         raise RequestError("validation_error", "the body must be a JSON object")
     if value.keys() - schema.model_fields.keys():  # pydantic would list them all
         known = ", ".join(schema.model_fields)
-        raise RequestError("validation_error", f"the body has an unknown key; known are {known}")
+        raise _unless_infinite(value, f"the body has an unknown key; known are {known}")
     try:
         return schema.model_validate(value, context={"max_inputs": max_inputs})
     except ValidationError as error:
@@ -158,12 +158,19 @@ def _validation_error(error: ValidationError, value: Any) -> RequestError:
     """The first fault as a sentence: a key that the schema knows, and what is wrong with it."""
     first = error.errors(include_url=False, include_input=False)[0]
     cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, InputFault):
+    if isinstance(cause, InputFault) and cause.code != "validation_error":
         return RequestError(cause.code, cause.sentence, **cause.details)
+    if isinstance(cause, InputFault):
+        return _unless_infinite(value, cause.sentence, **cause.details)
+    key = str(first["loc"][0]) if first["loc"] else "body"
+    return _unless_infinite(value, f"{key}: {first['msg']}", key=key)
+
+
+def _unless_infinite(value: Any, sentence: str, **details: Any) -> RequestError:
+    """1e400 is JSON, and no number."""
     if _has_infinity(value):
         return RequestError("non_finite_number", "a number is not finite")
-    key = str(first["loc"][0]) if first["loc"] else "body"
-    return RequestError("validation_error", f"{key}: {first['msg']}", key=key)
+    return RequestError("validation_error", sentence, **details)
 
 
 class InputFault(ValueError):
