@@ -30,7 +30,9 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend
-        special = [str(token) for token in backend.get_added_tokens_decoder().values()]
+        added = backend.get_added_tokens_decoder().values()
+        special = [str(token) for token in added]
+        self._swallows_spaces = any(token.lstrip or token.rstrip for token in added)
         self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
         self._known: set[str] = set()
         # Bytes or an unknown token stand in for any character where they stand in for this one.
@@ -72,7 +74,10 @@ class Tokenizer:
         No token stands for more characters than its entry has, unless the tokenizer rewrites the
         text, drops parts of it, or has one unknown token for many characters.
         """
-        return len(text) // self._longest if self._longest else 0
+        if not self._longest:
+            return 0
+        counted = "".join(text.split()) if self._swallows_spaces else text
+        return len(counted) // self._longest
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=False)

@@ -22,7 +22,10 @@ def learn_vocabulary(texts: Iterable[str], size: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=size,
         min_frequency=2,
-        special_tokens=[AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS],
+        # A mask stands for a word with its space, as it did in training: "the [MASK] of".
+        special_tokens=[
+            AddedToken(t, special=True, normalized=False, lstrip=t == MASK) for t in SPECIAL_TOKENS
+        ],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

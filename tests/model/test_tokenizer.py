@@ -10,10 +10,12 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from model.tokenizer import Tokenizer, UntokenizableText
+from model.vocabulary import learn_vocabulary
 
 ALPHABET = [*"ab 😀𝕏é\n", *SPECIAL]  # two of them beyond the BMP, one of two UTF-8 bytes
 VOCABULARY = {entry: number for number, entry in enumerate(ALPHABET)}
 WIDE = Tokenizer.of_characters(VOCABULARY, SPECIAL)
+LEARNT = learn_vocabulary(["the king of the sea"] * 9, 300)
 entries = st.lists(st.sampled_from(ALPHABET))
 
 
@@ -140,3 +142,17 @@ def test_a_tokenizer_that_rewrites_the_text_tells_nothing_by_its_length() -> Non
     backend = Backend(models.BPE(vocab={"a": 0, " ": 1}, merges=[]))
     backend.normalizer = normalizers.Replace("aa", "a")
     assert Tokenizer(backend).least_tokens("a" * 1000) == 0
+
+
+@given(st.lists(st.sampled_from(["the", " ", "  ", "king", *SPECIAL]), max_size=60))
+@settings(deadline=None)
+def test_masks_that_swallow_spaces_leave_the_bound_true(parts: list[str]) -> None:
+    text = "".join(parts)
+    assert LEARNT.least_tokens(text) <= len(LEARNT.encode(text).ids)
+
+
+def test_a_mask_of_a_learnt_vocabulary_stands_for_a_word_and_its_space() -> None:
+    word = LEARNT.encode("the king of the king").ids
+    masked = LEARNT.encode("the [MASK] of the [MASK]").ids
+    assert len(masked) == len(word) == 5
+    assert [masked[i] for i in (0, 2, 3)] == [word[i] for i in (0, 2, 3)]
