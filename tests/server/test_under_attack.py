@@ -44,9 +44,9 @@ from tests.server import test_adapter_names as names
 from tests.server import test_bad_bodies as bodies
 from tests.server import test_heads as heads
 
-ATTACK_S = float(os.environ.get("ATTACK_S", "0.015"))
+ATTACK_S = float(os.environ.get("ATTACK_S", "0.01"))
 SLOW_CLIENTS = 50  # of each kind
-CAP = 64 << 20  # of a file: more than the header of a million tensors
+CAP = 8 << 20  # of a file: what a busy machine too receives in time
 LIMITS = {
     "--max-adapter-bytes": CAP,
     "--storage-quota": 128 << 10,  # holds what is served here, and not one of rank 64 beside it
@@ -171,6 +171,7 @@ def invalid(reason: str) -> Outcome:
 
 
 def file_rows(target: Target) -> Iterator[Row]:
+    """Without secrets: a refusal may name a tensor of the file, up to 100 characters of it."""
     digest, put = target.adapters.digest, target.put
     for fault, (file, reason) in (HEADER_FAULTS | set_faults(digest)).items():
         yield row(fault, invalid(reason), put(file))
@@ -198,14 +199,14 @@ def large_file_rows(target: Target) -> Iterator[Row]:
         return target.head("PUT", "/adapters/plain", OCTETS | {header: value})
 
     entry = '"{:07}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'
-    million = file_of("{" + ",".join(entry.format(i) for i in range(1_000_000)) + "}")
+    tensors = file_of("{" + ",".join(entry.format(i) for i in range(100_000)) + "}")
     one = {"a": {"dtype": "F32", "shape": [CAP], "data_offsets": [0, 4 * CAP]}}
     start = file_of(json.dumps(one))
-    million_begun = begin("content-length", len(million)), million[:4096]
+    begun = begin("content-length", len(tensors)), tensors[:4096]
     chunked = begin("transfer-encoding", "chunked"), b"%x\r\n" % (4 * CAP), start, bytes(CAP)
     left = begin("content-length", CAP), start, bytes(1 << 20)
-    yield row("a million tensors", invalid("header_too_large"), target.put(million))
-    yield row("their start", invalid("header_too_large"), million_begun, whole=False)
+    yield row("100,000 empty tensors", invalid("header_too_large"), target.put(tensors))
+    yield row("the start of them", invalid("header_too_large"), begun, whole=False)
     yield row("file over the cap", TOO_LARGE, (begin("content-length", CAP + 1),), whole=False)
     yield row("file over the cap, chunked", TOO_LARGE, chunked, whole=False)
     yield row("client leaves its upload", LEFT, left)
@@ -271,15 +272,15 @@ def load_rows(target: Target) -> Iterator[Row]:
     chunk = chunked, b"900000\r\n", b" " * 0x900000
     long, late = {"inputs": LONG}, {"inputs": LONG, "timeout_ms": 1}
     too_late, too_long = Outcome(504, "deadline_exceeded"), Outcome(413, "too_many_tokens")
+    no_labels, hot = Outcome(409, "classifier_not_available"), Outcome(424, "non_finite_result")
+    yield row("no classifier", no_labels, post("/classify", ENCODE))
+    yield row("result not finite", hot, post("/classify", ENCODE | {"adapter": "hot"}))
     yield row("body over the cap, declared", TOO_LARGE, over_cap, whole=False)
     yield row("body over the cap, chunked", TOO_LARGE, chunk, whole=False)
     yield row("too many tokens", too_long, post("/encode", {"inputs": LONG[:100] + LONG}))
     yield row("deadline over", too_late, post("/encode", late), or_else=OVERLOADED)
     yield row("queue full", OVERLOADED, post("/encode", long), or_else=Outcome(200))
     yield row("client leaves its request", LEFT, post("/encode", long))
-    no_labels, hot = Outcome(409, "classifier_not_available"), Outcome(424, "non_finite_result")
-    yield row("no classifier", no_labels, post("/classify", ENCODE))
-    yield row("result not finite", hot, post("/classify", ENCODE | {"adapter": "hot"}))
 
 
 def head_rows(target: Target) -> Iterator[Row]:
