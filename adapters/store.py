@@ -108,10 +108,10 @@ class BlobStore:
 
         Raises StorageFull beyond the quota, or as the disk says; the upload is still there then.
         """
-        if self.quota and used_bytes + incoming.bytes > self.quota:
-            raise StorageFull(f"the store may hold {self.quota} bytes and has {used_bytes}")
         path = self.path(incoming.digest)
         was_there = path.exists()
+        if self.quota and not was_there and used_bytes + incoming.bytes > self.quota:
+            raise StorageFull(f"the store may hold {self.quota} bytes and has {used_bytes}")
         try:
             with storage_errors():
                 os.replace(incoming.path, path)

@@ -5,6 +5,7 @@ import gc
 import json
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -17,6 +18,8 @@ from server.errors import RequestError
 
 # A body beyond this is parsed in a worker thread, so that the event loop answers meanwhile.
 INLINE_BYTES = 64 << 10
+# One: each thread that parses takes Python's lock for 5 ms at a time, and the loop waits for all.
+_PARSER = ThreadPoolExecutor(1, "parser")
 
 # What the parser's message has in it, and what is answered.
 _PARSER_SAYS = (
@@ -35,7 +38,8 @@ async def read_json(request: Request, schema: type[Schema], max_bytes: int) -> S
     raw = await _read(request, max_bytes, settings.receive_timeout_s)
     if len(raw) <= INLINE_BYTES:
         return parse(raw, schema, settings.max_inputs)
-    return await asyncio.to_thread(parse, raw, schema, settings.max_inputs)
+    loop = asyncio.get_running_loop()
+    return await loop.run_in_executor(_PARSER, parse, raw, schema, settings.max_inputs)
 
 
 def check_json_headers(request: Request, max_bytes: int) -> None:

@@ -112,6 +112,8 @@ class Connection(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self._client.sent_all = True
         super().on_message_complete()
+        if len(self._clients) == 1:  # else it waits behind another, and no more is read
+            self.flow.resume_reading()  # to see the client leave; a large body had paused it
 
     def on_response_complete(self) -> None:
         self._clients.popleft()

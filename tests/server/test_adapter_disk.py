@@ -159,3 +159,19 @@ def test_a_pin_that_cannot_be_stored_changes_nothing(
         assert_refused(adapters.client.post("/adapters/full/unpin"), 503, "read_only")
         assert not adapters.versions("plain")[0]["pinned"]
         assert adapters.versions("full")[0]["pinned"]
+
+
+def test_bytes_that_are_stored_already_need_no_room_in_the_quota(
+    tiny_backbone: Path, serve: Serve, tmp_path: Path
+) -> None:
+    empty = tmp_path / "none"
+    empty.mkdir()
+    size = (tiny_backbone / "adapters" / "plain.safetensors").stat().st_size
+    options = ("--storage-quota", size * 3 // 2, "--data", tmp_path / "data", "--adapters", empty)
+    served = serve(tiny_backbone, "--dtype", "float32", *options)
+    with adapters_of(served, tmp_path / "data") as adapters:
+        file = adapters.file(1)
+        assert adapters.put("one", file).status_code == 201
+        assert adapters.put("one", file).status_code == 200
+        assert adapters.put("two", file).status_code == 201
+        assert_refused(adapters.put("one", adapters.file(2)), 507, "storage_full")

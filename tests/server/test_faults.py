@@ -1,6 +1,8 @@
 """A poisoned row, too little memory, a dead or stuck engine, a stopped process: real processes."""
 
+import json
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -89,6 +91,23 @@ def test_a_batch_that_takes_long_but_gets_on_is_not_stuck(faulty: Served) -> Non
                 time.sleep(0.05)
         assert slow.result().status_code == 200
         assert set(seen) == {200}
+
+
+def test_a_client_that_leaves_behind_a_large_body_has_its_rows_dropped(faulty: Served) -> None:
+    rows = [[20] * 64] * 1500  # 290 kB: above what uvicorn reads ahead of its application
+    body = json.dumps({"inputs": rows}).encode()
+    head = b"POST /encode HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    host, port = faulty.url.removeprefix("http://").split(":")
+    with faulty.client() as client, faulty.client() as other, ThreadPoolExecutor(1) as threads:
+        slow = threads.submit(ask, client, [[SLOW]])  # so that nothing of it can be run at once
+        wait_until(lambda: other.get("/debug/engine").json()["batch_s"] is not None)
+        with socket.create_connection((host, int(port)), timeout=30) as leaving:
+            leaving.sendall(head + b"content-length: %d\r\n\r\n" % len(body) + body)
+            wait_until(lambda: other.get("/debug/engine").json()["tokens_admitted"] > 96_000)
+        wait_until(lambda: 'route="/encode",status="499"' in other.get("/metrics").text)
+        assert slow.result().status_code == 200
+        wait_until(lambda: other.get("/debug/engine").json()["tokens_admitted"] == 0)
+        assert "trunkline_tokens_total 1.0\n" in other.get("/metrics").text
 
 
 def test_a_process_that_was_stopped_goes_on(tiny_backbone: Path, serve: Serve) -> None:
