@@ -17,6 +17,7 @@ from server.errors import STATUS, RequestError, error_body
 
 MAX_HEADER_BYTES = 64 << 10
 READ_BYTES = 16 << 10  # at once; and all that is read of a request before its handler asks for more
+BODY_READ_BYTES = 256 << 10  # at once, of a body that a handler has asked for
 HEADER_TIMEOUT_S = 10.0
 CLIENT = "trunkline.client"  # of a scope: its Client
 _LINE = re.compile(rb"[A-Z]+ /[!-~]* HTTP/1\.[01]\r\n")  # a request, whatever its method
@@ -58,6 +59,11 @@ class Connection(HttpToolsProtocol):
         for client in self._clients:
             client.leave()
 
+    @property
+    def in_body(self) -> bool:
+        """Whether a handler has asked for more of the body that is being read."""
+        return self.cycle is not None and self.cycle.more_body
+
     def _await_head(self) -> None:
         if self._head_timer is None:
             self._head_timer = self.loop.call_later(self.header_timeout_s, self._head_is_late)
@@ -77,7 +83,7 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
             return
-        self._in_head = self.cycle is None or not self.cycle.more_body
+        self._in_head = not self.in_body
         if self._in_head:
             if not self._head_bytes:
                 self._start = data[:256]
@@ -86,7 +92,7 @@ class Connection(HttpToolsProtocol):
         super().data_received(data)
         if self.transport.is_closing():
             return
-        if began_in_head and self.cycle is not None and self.cycle.more_body:
+        if began_in_head and self.in_body:
             self.flow.pause_reading()  # whoever is refused by the head sends no more of the body
         if not self._in_head:
             return
@@ -153,14 +159,16 @@ class Connection(HttpToolsProtocol):
 
 
 class BoundedReads(asyncio.BufferedProtocol):
-    """A Connection that is given at most READ_BYTES at once."""
+    """A Connection that is given READ_BYTES at once, and more of a body that is asked for."""
+
+    # Of all connections: it is filled and emptied in one turn of the event loop.
+    _buffer = memoryview(bytearray(BODY_READ_BYTES))
 
     def __init__(self, **options: Any) -> None:
         self.connection = Connection(**options)
-        self._buffer = memoryview(bytearray(READ_BYTES))
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        return self._buffer
+        return self._buffer if self.connection.in_body else self._buffer[:READ_BYTES]
 
     def buffer_updated(self, nbytes: int) -> None:
         self.connection.data_received(bytes(self._buffer[:nbytes]))
