@@ -80,7 +80,8 @@ def create_app(settings: Settings) -> FastAPI:
     inner: ASGIApp = Guard(hot, app.state.keys)
     if settings.otlp_endpoint:
         inner = _traced(inner, settings.otlp_endpoint, app.state.server)
-    app.middleware_stack = RequestContext(inner, app.state.server.metrics)
+    state: ServerState = app.state.server
+    app.middleware_stack = RequestContext(inner, state.metrics, lambda: state.draining)
     return app
 
 

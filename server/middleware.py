@@ -4,6 +4,7 @@ import logging
 import re
 import secrets
 import time
+from collections.abc import Callable
 from http import HTTPStatus
 from urllib.parse import quote
 
@@ -20,8 +21,8 @@ _SANE_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 class RequestContext:
     """Takes x-request-id from the request, if sane, or makes one; the answer carries it."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self.app, self.metrics = app, metrics
+    def __init__(self, app: ASGIApp, metrics: Metrics, draining: Callable[[], bool]) -> None:
+        self.app, self.metrics, self.draining = app, metrics, draining
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -39,7 +40,9 @@ class RequestContext:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
-                if status == HTTPStatus.REQUEST_TIMEOUT:  # the rest of the body may never come
+                # The rest of a late body may never come; a kept connection would end, maybe under
+                # its next request, with the drain window.
+                if status == HTTPStatus.REQUEST_TIMEOUT or self.draining():
                     message["headers"].append((b"connection", b"close"))
             await send(message)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from adapter_client import Adapters, adapters_of, assert_refused, long_request, wait_until
+from adapter_client import QUESTION, Adapters, adapters_of, assert_refused, long_request, wait_until
 from conftest import Serve
 
 
@@ -422,6 +422,20 @@ def test_a_draining_server_takes_no_upload_and_answers_the_rest(
         assert adapters.client.get("/health").status_code == 200
         assert adapters.embeddings() == answer
     served.stop()  # a second signal ends the window
+
+
+def test_a_draining_server_tells_kept_connections_to_close(
+    tiny_backbone: Path, serve: Serve
+) -> None:
+    served = serve(tiny_backbone, "--drain-window-s", "600")
+    with served.client() as client:
+        assert "connection" not in client.post("/encode", json=QUESTION).headers
+        served.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: client.get("/ready").status_code == 503)
+        answer = client.post("/encode", json=QUESTION)
+    assert (answer.status_code, answer.headers["connection"]) == (200, "close")
+    served.process.kill()
+    served.process.wait()
 
 
 def test_a_stopped_server_exits_with_0(tiny_backbone: Path, serve: Serve) -> None:
