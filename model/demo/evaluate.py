@@ -209,9 +209,25 @@ def _share(of: str, hits: np.ndarray, counts: np.ndarray) -> Figure:
 
 
 def critic(served: Served, texts: Sequence[str]) -> list[Figure]:
-    """The trunk's critic on rows whose masked tokens are sampled from the trunk's predictions."""
+    """The trunk's critic on rows with some tokens replaced: by samples of the trunk's own
+    predictions, as in training, and by tokens drawn from the texts."""
     ids = served.token_ids(texts)
     masked = mask(ids, served.mask_token_id())
+    judged = _judged(served, ids, _sampled(served, ids, masked))
+    drawn = _judged(served, ids, _drawn(ids, masked))
+    ece = "calibration error"
+    return [
+        judged.figure("its own samples", "AUC", area_under_roc, judged.logits),
+        drawn.figure("tokens drawn from the texts", "AUC", area_under_roc, drawn.logits),
+        judged.figure("before its table", ece, expected_calibration_error, judged.unfitted),
+        judged.figure("after its table", ece, expected_calibration_error, judged.wrongness),
+    ]
+
+
+Masked = Sequence[tuple[list[int], list[int]]]  # of each row its masked ids, and where
+
+
+def _sampled(served: Served, ids: Sequence[list[int]], masked: Masked) -> list[list[int]]:
     answers = served.ask(
         "/encode", [row for row, _ in masked], adapter="base", outputs=["logits"], top_k=FILL_TOP
     )
@@ -223,27 +239,49 @@ def critic(served: Served, texts: Sequence[str]) -> list[Figure]:
             p = np.exp([top["logprob"] for top in asked["top"]])
             new[asked["position"]] = asked["top"][dice.choice(len(p), p=p / p.sum())]["id"]
         filled.append(new)
+    return filled
+
+
+def _drawn(ids: Sequence[list[int]], masked: Masked) -> list[list[int]]:
+    dice, all_ids = np.random.default_rng(2), np.concatenate([np.array(row) for row in ids])
+    filled = [list(row) for row in ids]
+    for row, (_, asked) in zip(filled, masked, strict=True):
+        for position in asked:
+            row[position] = int(dice.choice(all_ids))
+    return filled
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Of each row, a token each: whether it was replaced, the critic's logit, its wrongness."""
+
+    wrong: Sequence[torch.Tensor]
+    logits: Sequence[torch.Tensor]
+    wrongness: Sequence[torch.Tensor]
+
+    @property
+    def unfitted(self) -> list[torch.Tensor]:
+        return [logits.sigmoid() for logits in self.logits]
+
+    def figure(self, of: str, name: str, measure: Any, scores: Sequence[torch.Tensor]) -> Figure:
+        def at(rows: np.ndarray) -> float:
+            truth, score = (torch.cat([column[i] for i in rows]) for column in (self.wrong, scores))
+            return float(measure(truth, score))
+
+        return Figure("critic", of, name, *interval(len(self.wrong), at, TOKEN_SAMPLES))
+
+
+def _judged(served: Served, ids: Sequence[list[int]], filled: Sequence[list[int]]) -> Judged:
     wrong = [
         torch.tensor([a != b for a, b in zip(x, y, strict=True)])
         for x, y in zip(ids, filled, strict=True)
     ]
-    judged = served.ask("/critic", filled, adapter="base")
-    logits = [torch.tensor([token["logit"] for token in row["tokens"]]) for row in judged]
-    calibrated = [torch.tensor([token["wrongness"] for token in row["tokens"]]) for row in judged]
-
-    def figure(of: str, name: str, measure: Any, scores: Sequence[torch.Tensor]) -> Figure:
-        def at(rows: np.ndarray) -> float:
-            truth, score = (torch.cat([column[i] for i in rows]) for column in (wrong, scores))
-            return float(measure(truth, score))
-
-        return Figure("critic", of, name, *interval(len(wrong), at, TOKEN_SAMPLES))
-
-    ece = "calibration error"
-    return [
-        figure("bare trunk", "AUC", area_under_roc, logits),
-        figure("before its table", ece, expected_calibration_error, [x.sigmoid() for x in logits]),
-        figure("after its table", ece, expected_calibration_error, calibrated),
-    ]
+    answers = served.ask("/critic", filled, adapter="base")
+    columns = (
+        [torch.tensor([token[name] for token in row["tokens"]]) for row in answers]
+        for name in ("logit", "wrongness")
+    )
+    return Judged(wrong, *columns)
 
 
 def table(figures: Sequence[Figure]) -> str:

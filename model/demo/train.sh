@@ -28,27 +28,30 @@ step() {
     [ -e "$out/teacher.safetensors" ] || "$bin/python" -m model.demo.teacher \
       "$out/tasks/corpus.txt" "$out/teacher.safetensors" --threads 1
     ;;
-  masked) # masked tokens, then its critic
-    trunk masked --seed 1 --learning-rate 1.5e-3 --critic-start 0.6 --epochs "${EPOCHS:-2.2}"
+  states) # masked tokens, and the teacher of the pooled row
+    trunk states --seed 1 --muon --learning-rate 3e-3 --critic-start 1 --mask-shares 0.15 0.35 \
+      --teacher "$out/teacher.safetensors" --teacher-weight 5 --epochs "${EPOCHS:-0.65}"
     ;;
-  trunk) # and the teacher of the pooled row
-    trunk trunk --base "$out/masked" --seed 2 --learning-rate 1e-3 \
-      --teacher "$out/teacher.safetensors" --teacher-weight 5 --mask-shares 0.1 0.3 \
-      --critic-alpha 2 --critic-start 0.3 --epochs "${EPOCHS:-0.165}"
+  trunk) # and the critic
+    trunk trunk --base "$out/states" --seed 2 --muon --learning-rate 2e-3 --critic-start 0 \
+      --critic-alpha 10 --mask-shares 0.1 0.25 \
+      --teacher "$out/teacher.safetensors" --teacher-weight 5 --epochs "${EPOCHS:-0.36}"
     ;;
-  supersense) adapter $1 --objective classify --batch-tokens 2048 --epochs "${EPOCHS:-1.2}" ;;
-  era) adapter $1 --objective classify --epochs "${EPOCHS:-0.2}" ;;
+  supersense) adapter $1 --objective classify --batch-tokens 2048 --epochs "${EPOCHS:-4}" ;;
+  era)
+    adapter $1 --objective classify --learning-rate 1.5e-3 --dropout 0.1 --epochs "${EPOCHS:-1.4}"
+    ;;
   verses)
-    adapter $1 --objective pairs --fields kjv,web --batch-tokens 8192 --epochs "${EPOCHS:-0.35}"
+    adapter $1 --objective pairs --fields kjv,web --batch-tokens 8192 --epochs "${EPOCHS:-1}"
     ;;
   translators)
-    adapter $1 --objective tokens --fields kjv,added --batch-tokens 2048 --epochs "${EPOCHS:-0.35}"
+    adapter $1 --objective tokens --fields kjv,added --batch-tokens 2048 --epochs "${EPOCHS:-1}"
     ;;
-  scripture) adapter $1 --objective masked --critic-start 1 --epochs "${EPOCHS:-0.15}" ;;
+  scripture) adapter $1 --objective masked --critic-start 1 --epochs "${EPOCHS:-0.3}" ;;
   *) echo "no step $1" >&2 && exit 2 ;;
   esac
 }
 mkdir -p "$out/adapters" "$out/runs"
-for name in ${*:-tasks teacher masked trunk supersense era verses translators scripture}; do
+for name in ${*:-tasks teacher states trunk supersense era verses translators scripture}; do
   step "$name"
 done
