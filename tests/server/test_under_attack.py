@@ -44,7 +44,7 @@ from tests.server import test_adapter_names as names
 from tests.server import test_bad_bodies as bodies
 from tests.server import test_heads as heads
 
-ATTACK_S = float(os.environ.get("ATTACK_S", "0.01"))
+ATTACK_S = float(os.environ.get("ATTACK_S", "0.0"))
 SLOW_CLIENTS = 50  # of each kind
 CAP = 8 << 20  # of a file: what a busy machine too receives in time
 LIMITS = {
