@@ -3,19 +3,18 @@
 import click
 
 from server import __version__
-from server.cli.adapters import adapters
-from server.cli.bench import bench
-from server.cli.checkpoints import import_
-from server.cli.keys import keys
-from server.cli.serve import serve
-from server.cli.train import train_
+from server.cli.lazy import LazyGroup
 
-
-@click.group()
-@click.version_option(__version__)
-def main() -> None:
-    """One resident trunk, thousands of adapters."""
-
-
-for command in (serve, adapters, import_, train_, bench, keys):
-    main.add_command(command)
+main = click.version_option(__version__)(
+    LazyGroup(
+        help="One resident trunk, thousands of adapters.",
+        members={
+            "adapters": "server.cli.adapters:adapters",
+            "bench": "server.cli.bench:bench",
+            "import": "server.cli.checkpoints:import_",
+            "keys": "server.cli.keys:keys",
+            "serve": "server.cli.serve:serve",
+            "train": "server.cli.train:train_",
+        },
+    )
+)

@@ -14,20 +14,22 @@ from adapters.names import CURRENT, check_alias, check_name, parse_reference
 from server.cli import tables
 from server.cli.client import Answer, Server, on_server, path_of
 from server.cli.diff import diff, version_of
-from server.cli.peft import export_peft_, import_peft_
+from server.cli.lazy import LazyGroup
 
 
-@click.group()
+@click.group(
+    cls=LazyGroup,
+    members={
+        "export-peft": "server.cli.peft:export_peft_",
+        "import-peft": "server.cli.peft:import_peft_",
+    },
+)
 def adapters() -> None:
     """Push, list, promote and load the adapters of a running server.
 
     REFERENCE is a name, name@3 (a version), name@stable (an alias) or name@sha256:... (a digest,
     or its first 12 digits).
     """
-
-
-adapters.add_command(import_peft_)
-adapters.add_command(export_peft_)
 
 
 def _pushed(answer: Answer) -> RenderableType:
