@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +125,12 @@ class Tour:
 
     def critic(self) -> None:
         self.title("Suspicious words: the trunk's critic, and the words the translators added")
+        legend = f"[wrongness from {MARKED}], yellow from {MARKED / 2}"
+        self.line("", Text(legend, "dim"))
         (answer,) = self.ask("/critic", WRONG_SENTENCE)
         self.line("trunk", _marked(WRONG_SENTENCE, answer["tokens"]))
+        worst = max(answer["tokens"], key=lambda token: float(token["wrongness"]))
+        self.line("at most", f"{worst['wrongness']:.2f}, at {worst['text'].strip()!r}")
         for row in self.of("translators"):
             (answer,) = self.ask("/critic", row["kjv"], adapter="translators")
             self.line("translators", _marked(row["kjv"], answer["tokens"]))
@@ -190,7 +194,9 @@ def main() -> None:
     with SAMPLES.open(encoding="utf-8") as lines:
         samples = [json.loads(line) for line in lines]
     console = Console(highlight=False)
-    with console.status("starting the server"), server(*sys.argv[1:]) as client:
+    with ExitStack() as stack:
+        with console.status("starting the server"):
+            client = stack.enter_context(server(*sys.argv[1:]))
         lacking = missing_sets(client)
         if lacking:
             raise SystemExit(

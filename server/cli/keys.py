@@ -34,6 +34,7 @@ def keys(context: click.Context, file: Path | None, data: Path | None) -> None:
     default=["infer"],
     show_default=True,
     type=click.Choice(["infer", "admin", "metrics"]),
+    help="May be given again: an admin's key asks for answers only with infer too.",
 )
 @click.option("--adapters", multiple=True, help="Pattern of adapter names, as acme/*; default all.")
 @click.option("--quota", help="Requests: 100/s, 6000/m or 50000/h.")
@@ -42,7 +43,10 @@ def keys(context: click.Context, file: Path | None, data: Path | None) -> None:
 def new(
     path: Path, /, name: str, quota: str | None, token_quota: str | None, **wishes: Any
 ) -> None:
-    """Make a key and print it: once, it is stored nowhere."""
+    """Make a key and print it: once, it is stored nowhere.
+
+    For a server on another data folder: trunkline keys --data DIR new.
+    """
     try:
         _, secret = new_key(
             path,
@@ -54,6 +58,7 @@ def new(
     except BadKeys as error:
         raise click.ClickException(str(error)) from error
     click.echo(secret)
+    click.echo(f"stored, hashed, in {path}", err=True)
 
 
 @keys.command("list")

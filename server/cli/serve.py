@@ -103,7 +103,7 @@ def _refuse_open_door(settings: Settings, keys: KeyRing) -> None:
     if not (loopback or keys.configured or settings.insecure):
         raise BadSettings(
             f"{settings.host} is not loopback and no API keys are configured: make one with "
-            "`trunkline keys new`, or give --insecure"
+            f"`trunkline keys --file {keys.path} new`, or give --insecure"
         )
 
 

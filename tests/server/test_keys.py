@@ -28,7 +28,7 @@ def make(file: Path, *options: str) -> dict[str, str]:
     """The header of a new key, made by the command."""
     done = CliRunner().invoke(main, ["keys", "--file", str(file), "new", *options])
     assert done.exit_code == 0, done.output
-    return {"authorization": f"Bearer {done.output.strip()}"}
+    return {"authorization": f"Bearer {done.stdout.strip()}"}
 
 
 @pytest.fixture
