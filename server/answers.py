@@ -60,7 +60,7 @@ class Answered:
     def facts(self) -> dict[str, Any]:
         """For the log and the trace."""
         names = sorted({result.adapter.name for result in self.results if result.adapter})
-        tokens = sum(len(row.ids) for row in self.rows)
+        tokens = self.usage["total_tokens"]
         times = {f"{name}_ms": ms for name, ms in self.timings.items() if name != "total"}
         return {"rows": len(self.rows), "tokens": tokens, "adapters": names[:MAX_FACTS]} | times
 
