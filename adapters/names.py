@@ -11,9 +11,11 @@ CURRENT = "current"  # the alias behind a bare name
 ROUTE_WORDS = {"load", "unload", "pin", "unpin", "verify", "versions", "aliases"}
 MIN_DIGEST_PREFIX = 12
 
-# For documents: what check_name and check_alias allow, but for the words that mean something else.
-NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,63}(/[a-z0-9][a-z0-9_-]{0,63})?$"
-ALIAS_PATTERN = r"^[a-z][a-z0-9_-]{0,63}$"
+# For documents: what check_name and check_alias take, but for lengths and for words and numbers
+# that mean something else.
+_DOCUMENTED = r"[a-z0-9][a-z0-9_-]*(\.[a-z0-9_-]+)*\.?"
+NAME_PATTERN = f"^{_DOCUMENTED}(/{_DOCUMENTED})?$"
+ALIAS_PATTERN = f"^{_DOCUMENTED}$"
 
 _PART = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")

@@ -18,7 +18,7 @@ from adapters.names import NAME_PATTERN
 from server.bodies import InputFault
 from server.engine.job import Ids
 
-REFERENCE_PATTERN = NAME_PATTERN.removesuffix("$") + r"(@([1-9][0-9]{0,8}|[a-z][a-z0-9_-]{0,63}))?$"
+REFERENCE_PATTERN = NAME_PATTERN.removesuffix("$") + "(@[a-z0-9][a-z0-9._:-]*)?$"
 Output = Literal["embedding", "tokens", "critic", "logits", "labels"]
 Pooling = Literal["mean", "cls", "last"]
 

@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 from adapter_client import OCTETS, Adapters, adapters_of, assert_refused, wait_until
 from conftest import Serve
+from hypothesis import given
+from hypothesis import strategies as st
 
-from adapters.names import ROUTE_WORDS
+from adapters.errors import BadName
+from adapters.names import NAME_PATTERN, ROUTE_WORDS, check_name
 
 # As sent in the request line, over a socket: a client would mend some of them.
 BAD_NAMES = [
@@ -248,3 +251,13 @@ def test_a_file_damaged_behind_the_server_s_back_is_never_served(adapters: Adapt
 
     wait_until(serves)  # a load that failed is tried again a second later
     assert adapters.embeddings("decays") == sound
+
+
+@given(st.text("a0._-/", max_size=9))
+def test_the_documented_pattern_takes_the_names_that_are_taken(name: str) -> None:
+    try:
+        check_name(name)
+    except BadName:
+        assert not re.match(NAME_PATTERN, name)
+    else:
+        assert re.match(NAME_PATTERN, name)
