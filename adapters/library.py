@@ -117,6 +117,10 @@ class Library:
 
     # Inference.
 
+    def version(self, reference: str) -> Version:
+        """The version a reference means now. Raises as Registry.resolve."""
+        return self.registry.resolve(reference)
+
     def lease(self, reference: str) -> tuple[Version, Lease]:
         """The version a reference means, and a lease on it. Raises as Registry.resolve.
 
@@ -172,7 +176,7 @@ class Library:
                 number, is_new = self.registry.add(
                     connection, upload.name, blob, record, upload.who, upload.activate
                 )
-                version = self.registry.resolve(f"{upload.name}@{number}")
+                version = self.registry.read(f"{upload.name}@{number}")
         except BaseException:
             self._drop_if_unnamed(incoming.digest)
             raise

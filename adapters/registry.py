@@ -7,8 +7,8 @@ A name is resolved by one read; everything behind it is keyed by digest.
 import json
 import sqlite3
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from adapters.names import CURRENT, Reference, check_alias, parse_reference
 from adapters.store import Blob
 from adapters.versions import Named, Pointer, Record, Version, parse_record
 
+REMEMBERED = 16_384  # references, each with its version
 SCHEMA = (Path(__file__).parent / "schema.sql").read_text("utf-8")
 
 
@@ -30,18 +31,40 @@ class Registry:
 
     def __init__(self, path: Path) -> None:
         self._database = Database(path, SCHEMA)
+        # What was resolved since the last commit. A commit replaces it, so that what is read
+        # before one is remembered by nobody after it.
+        self._resolved: dict[str, Version] = {}
 
     def close(self) -> None:
         self._database.close()
 
-    def writing(self) -> AbstractContextManager[sqlite3.Connection]:
+    @contextmanager
+    def writing(self) -> Iterator[sqlite3.Connection]:
         """One transaction, as Database.writing."""
-        return self._database.writing()
+        try:
+            with self._database.writing() as connection:
+                yield connection
+        finally:
+            self._resolved = {}
 
     # Reading.
 
     def resolve(self, reference: str) -> Version:
-        """The version a reference means now. Raises BadName, NotFound, VersionNotFound, Damaged."""
+        """The version a reference means now. Raises BadName, NotFound, VersionNotFound, Damaged.
+
+        Not to be called within `writing`, whose own changes it does not see.
+        """
+        resolved = self._resolved  # taken before the file is read
+        version = resolved.get(reference)
+        if version is None:
+            version = self.read(reference)
+            if len(resolved) >= REMEMBERED:
+                self._resolved = resolved = {}
+            resolved[reference] = version
+        return version
+
+    def read(self, reference: str) -> Version:
+        """`resolve` from the file, as the transaction of this thread sees it."""
         parsed = parse_reference(reference)
         if parsed.version is not None:
             found = self._versions("AND v.name = ? AND v.number = ?", parsed.name, parsed.version)
@@ -216,7 +239,7 @@ class Registry:
         """
         check_alias(alias)
         with self.writing() as connection:
-            self.resolve(f"{name}@{number}")
+            self.read(f"{name}@{number}")
             generation = self._pointer(name, alias).generation
             if if_match is not None and if_match != generation:
                 raise Conflict(f"{name}@{alias} is at generation {generation}, not {if_match}")

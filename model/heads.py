@@ -3,7 +3,7 @@
 All in float32, whatever the trunk's dtype.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -26,8 +26,25 @@ def pool(hidden: Tensor, batch: PackedBatch, rows: Sequence[int], pooling: str) 
     lengths = torch.tensor([batch.lengths[row] for row in rows], device=hidden.device)
     if pooling == "last":
         return hidden[starts + lengths - 1].float()
-    tokens = [hidden[batch.starts[row] : batch.starts[row] + batch.lengths[row]] for row in rows]
-    return torch.stack([part.sum(0, dtype=torch.float32) for part in tokens]) / lengths[:, None]
+    sums = [
+        hidden[start : start + count * length].view(count, length, -1).sum(1, dtype=torch.float32)
+        for start, count, length in _runs(batch, rows)
+    ]
+    return torch.cat(sums) / lengths[:, None]
+
+
+def _runs(batch: PackedBatch, rows: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """(start, count, length) of rows of one length that stand end to end, so that one call does."""
+    start, count, length = -1, 0, -1
+    for row in rows:
+        if batch.lengths[row] == length and batch.starts[row] == start + count * length:
+            count += 1
+            continue
+        if count:
+            yield start, count, length
+        start, count, length = batch.starts[row], 1, batch.lengths[row]
+    if count:
+        yield start, count, length
 
 
 def critic_logits(hidden: Tensor, weight: Tensor) -> Tensor:

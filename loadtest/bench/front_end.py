@@ -16,7 +16,7 @@ from loadtest.bench.registered import server_arguments, write_trunk
 from loadtest.bench.report import Report
 from loadtest.bench.trunk import Trunk
 
-SHAPE = Shape(n_embd=32, n_layer=1, n_head=2, ranks=(8,))
+SHAPE = Shape(n_embd=32, n_layer=1, n_head=1, ranks=(8,))
 LONE_TOKENS = 16  # of a request
 CONNECTIONS = 32
 WARM_UP = 300  # requests

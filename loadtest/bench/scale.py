@@ -145,7 +145,7 @@ def _measure_registry(plan: Plan, trunk: Trunk, report: Report, folders: dict[in
             times["opening the library"][count].append(time.perf_counter() - began)
             names = [name_of(index) for index in range(0, count, max(1, count // 10))]
             for name in names:  # connections and statements warm, as in a server
-                library.registry.resolve(name)
+                library.registry.read(name)
             resolve = [seconds(partial(library.registry.resolve, name)) for name in names]
             times["resolving"][count].append(statistics.median(resolve))
             page = seconds(partial(library.registry.page, limit=100))

@@ -3,7 +3,7 @@
 import math
 import threading
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -128,29 +128,37 @@ class Admission:
                 tokens=tokens,
                 limit=self.max_request_tokens,
             )
-        leases = self._lease_all({row.adapter for row in rows}, ask)
+        references = {row.adapter for row in rows}
+        self._demand_time(references, deadline, key)  # first: a refusal is to cost little
         try:
-            self._demand_time(leases.values(), deadline, key)
             self.permits.take(tokens)
         except NoPermits as error:
-            _release_all(leases)
-            wait_s = self.rate.seconds(error.excess)
-            raise overloaded("the queue is full", wait_s) from error
-        except Overloaded:
-            _release_all(leases)
+            raise overloaded("the queue is full", self.rate.seconds(error.excess)) from error
+        try:
+            leases = self._lease_all(references, ask)
+        except TrunklineError:
+            self.permits.give_back(tokens)
             raise
         return self._jobs(rows, leases, ask, deadline, key)
 
-    def _demand_time(self, leases: Iterable[Leased], deadline: float, key: str) -> None:
-        """Raises Overloaded for rows whose turn comes too late at the present rate."""
+    def _demand_time(self, references: Collection[str | None], deadline: float, key: str) -> None:
+        """Raises Overloaded for rows whose turn comes too late at the present rate.
+
+        Raises as Library.version for a reference to nothing.
+        """
+        lines = [line_key(key, self._version(reference)) for reference in references]
         if not self.permits.held:
             return
-        lines = [line_key(key, leased[0] if leased else None) for leased in leases]
         wait_s = self.rate.seconds(self.queue.ahead(lines, self.permits.held))
         most_s = min(self.max_wait_s, deadline - time.monotonic())
         if wait_s > most_s:
             sentence = f"a row would wait for {wait_s:.1f} s, and may for {most_s:.1f} s"
             raise overloaded(sentence, wait_s - most_s)
+
+    def _version(self, reference: str | None) -> Version | None:
+        if reference is None or reference == BASE:
+            return None
+        return self.library.version(reference)
 
     def _lease_all(self, references: Collection[str | None], ask: Ask) -> dict[str | None, Leased]:
         """Each reference resolved once, with a lease; all or none."""
@@ -159,10 +167,9 @@ class Admission:
             for reference in references:
                 if reference is None or reference == BASE:
                     leases[reference] = None
-                    self._check_heads(None, ask)
                 else:
                     leases[reference] = self.library.lease(reference)
-                    self._check_heads(leases[reference], ask)
+                self._check_heads(leases[reference], ask)
         except TrunklineError:
             _release_all(leases)
             raise

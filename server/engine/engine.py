@@ -58,6 +58,7 @@ class Engine:
         self.failed = False
         self.lost: Callable[[], None] = lambda: None  # the server's: ends the process
         self._waiting: set[Reply] = set()
+        self._waking = False
         self._stuck_s = 0.0
         self._watch: asyncio.Task[None] | None = None
 
@@ -75,6 +76,7 @@ class Engine:
         jobs, reply = self.admission.admit(rows, ask, deadline, key)
         self._waiting.add(reply)
         self.queue.put(jobs)
+        self._wake_soon()
         left = deadline - time.monotonic()
         timer = asyncio.get_running_loop().call_later(left, reply.expire)
         try:
@@ -83,6 +85,20 @@ class Engine:
             timer.cancel()
             self._waiting.discard(reply)
             reply.abandoned = True
+
+    def _wake_soon(self) -> None:
+        """Wake the device thread when this turn of the event loop has admitted all that it will.
+
+        Woken by the first of them it would take a batch of one, and the two threads would hand
+        Python's lock to each other over it.
+        """
+        if not self._waking:
+            self._waking = True
+            asyncio.get_running_loop().call_soon(self._wake)
+
+    def _wake(self) -> None:
+        self._waking = False
+        self.queue.wake()
 
     @property
     def alive(self) -> bool:

@@ -1,7 +1,7 @@
 """One batch through the encoder and the heads: a Result a job."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from model.heads import (
     sequence_scores,
     wrongness,
 )
+from model.lora import Classifier
 from server.engine.batcher import Batch
 from server.engine.errors import NonFiniteResult
 from server.engine.job import Floats, Result
@@ -50,14 +51,21 @@ class Forward:
         wanted = {job.ask.layer for job in batch.jobs} | {FINAL}
         states = self.encoder.forward(batch.packed, batch.lora, wanted)
         results = [Result(job.adapter) for job in batch.jobs]
-        self._embeddings(batch, states, results)
-        self._hidden(batch, states, results)
-        self._critic(batch, states, results)
-        self._mask_logits(batch, states, results)
-        self._labels(batch, states, results)
+        arrays = [
+            *self._embeddings(batch, states, results),
+            *self._hidden(batch, states, results),
+            *self._critic(batch, states, results),
+            *self._mask_logits(batch, states, results),
+            *self._labels(batch, states, results),
+        ]
+        if all(np.isfinite(array).all() for array in arrays):
+            return results
         return [_finite_or_error(result) for result in results]
 
-    def _embeddings(self, batch: Batch, states: States, results: list[Result]) -> None:
+    # Each fills what it is asked for, of all the rows that it can take together, and yields the
+    # arrays that the rows' outputs are parts of.
+
+    def _embeddings(self, batch: Batch, states: States, results: list[Result]) -> Iterator[Floats]:
         kinds: dict[tuple[int, str], list[int]] = defaultdict(list)
         for row, job in enumerate(batch.jobs):
             if "embedding" in job.ask.outputs:
@@ -66,29 +74,49 @@ class Forward:
             pooled = _floats(pool(states[layer], batch.packed, rows, pooling))
             for row, vector in zip(rows, pooled, strict=True):
                 results[row].embedding = vector
+            yield pooled
 
-    def _hidden(self, batch: Batch, states: States, results: list[Result]) -> None:
+    def _hidden(self, batch: Batch, states: States, results: list[Result]) -> Iterator[Floats]:
         for row, job in enumerate(batch.jobs):
             if "tokens" in job.ask.outputs:
-                results[row].hidden = _floats(states[job.ask.layer][_tokens(batch, row)])
+                hidden = _floats(states[job.ask.layer][_tokens(batch, row)])
+                results[row].hidden = hidden
+                yield hidden
 
-    def _critic(self, batch: Batch, states: States, results: list[Result]) -> None:
+    def _critic(self, batch: Batch, states: States, results: list[Result]) -> Iterator[Floats]:
+        heads: dict[tuple[int, int], tuple[Tensor, Tensor | None, list[int]]] = {}
         for row, job in enumerate(batch.jobs):
             if "critic" not in job.ask.outputs:
                 continue
             own = job.weights.critic if job.weights else None
-            table = job.weights.calibration if job.weights else None
             weight = own if own is not None else self.critic
             assert weight is not None, "admission lets no job without a critic ask for it"
-            logits = critic_logits(states[FINAL][_tokens(batch, row)], weight).cpu()
-            results[row].critic_logits = logits.numpy()
-            table = table if table is not None else self.backbone.calibration
-            results[row].wrongness = wrongness(logits, table).numpy()
-            if self.sequence_head and job.ids[0] == self.config.cls_token_id:
-                first = states[FINAL][batch.packed.starts[row]].unsqueeze(0)
-                results[row].sequence_score = float(sequence_scores(first, *self.sequence_head)[0])
+            own = job.weights.calibration if job.weights else None
+            table = own if own is not None else self.backbone.calibration
+            heads.setdefault((id(weight), id(table)), (weight, table, []))[2].append(row)
+        for weight, table, rows in heads.values():
+            logits = critic_logits(_tokens_of(states[FINAL], batch, rows), weight).cpu()
+            ends = np.cumsum([batch.packed.lengths[row] for row in rows])[:-1]
+            wrong = np.split(wrongness(logits, table).numpy(), ends)
+            for row, its_logits, its_wrong in zip(
+                rows, np.split(logits.numpy(), ends), wrong, strict=True
+            ):
+                results[row].critic_logits, results[row].wrongness = its_logits, its_wrong
+            self._sequence_scores(batch, states, rows, results)
+            yield logits.numpy()
 
-    def _mask_logits(self, batch: Batch, states: States, results: list[Result]) -> None:
+    def _sequence_scores(
+        self, batch: Batch, states: States, rows: Sequence[int], results: list[Result]
+    ) -> None:
+        rows = [row for row in rows if batch.jobs[row].ids[0] == self.config.cls_token_id]
+        if not self.sequence_head or not rows:
+            return
+        first = states[FINAL][[batch.packed.starts[row] for row in rows]]
+        scores = sequence_scores(first, *self.sequence_head).tolist()
+        for row, score in zip(rows, scores, strict=True):
+            results[row].sequence_score = score
+
+    def _mask_logits(self, batch: Batch, states: States, results: list[Result]) -> Iterator[Floats]:
         for row, job in enumerate(batch.jobs):
             if "logits" not in job.ask.outputs:
                 continue
@@ -98,17 +126,30 @@ class Forward:
             ids, logprobs = likeliest_tokens(hidden, self.encoder.wte, job.ask.top_k)
             results[row].masks = masks.tolist()
             results[row].top_ids = ids.cpu().numpy()
-            results[row].top_logprobs = _floats(logprobs)
+            results[row].top_logprobs = top = _floats(logprobs)
+            yield top
 
-    def _labels(self, batch: Batch, states: States, results: list[Result]) -> None:
+    def _labels(self, batch: Batch, states: States, results: list[Result]) -> Iterator[Floats]:
+        heads: dict[int, tuple[Classifier, list[int]]] = {}
         for row, job in enumerate(batch.jobs):
             if "labels" not in job.ask.outputs:
                 continue
             classifier = job.weights.classifier if job.weights else None
             assert classifier is not None, "admission lets no job without a classifier ask for it"
-            pooled = pool(states[FINAL], batch.packed, [row], self.config.pooling)
-            results[row].labels = classifier.labels
-            results[row].label_scores = _floats(label_scores(pooled, classifier)[0])
+            heads.setdefault(id(classifier), (classifier, []))[1].append(row)
+        for classifier, rows in heads.values():
+            pooled = pool(states[FINAL], batch.packed, rows, self.config.pooling)
+            scores = _floats(label_scores(pooled, classifier))
+            for row, its_scores in zip(rows, scores, strict=True):
+                results[row].labels, results[row].label_scores = classifier.labels, its_scores
+            yield scores
+
+
+def _tokens_of(states: Tensor, batch: Batch, rows: Sequence[int]) -> Tensor:
+    """The states of these rows' tokens, end to end."""
+    if len(rows) == len(batch.jobs):
+        return states
+    return torch.cat([states[_tokens(batch, row)] for row in rows])
 
 
 def _tokens(batch: Batch, row: int) -> slice:

@@ -69,13 +69,13 @@ class JobQueue:
             return sum(len(line.jobs) for line in self._lines.values())
 
     def put(self, jobs: Sequence[Job]) -> None:
+        """`wake` is to follow; a device thread that is awake may take them before it."""
         with self._changed:
             for job in jobs:
                 line = self._line(job)
                 line.jobs.append(job)
                 line.tokens += job.tokens
                 self._tokens += job.tokens
-            self._changed.notify()
 
     def ahead(self, keys: Iterable[LineKey], waiting: int) -> float:
         """Tokens that run before a new job of these lines, at most; of `waiting` in all.
@@ -99,7 +99,7 @@ class JobQueue:
         return self._lines[key]
 
     def wake(self) -> None:
-        """A load has ended: lines that waited for it may go on."""
+        """Jobs were put, or a load has ended: lines that waited for it may go on."""
         with self._changed:
             self._changed.notify()
 

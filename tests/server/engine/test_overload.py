@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import TINY
 
+from adapters.errors import NotFound
 from adapters.versions import Version
 from server.engine.admission import LONGEST_RETRY_S, Admission, Row, TokenPermits
 from server.engine.errors import Overloaded
@@ -38,7 +39,7 @@ class Device:
     """Admission and queue before a device that runs RATE tokens a second when told to."""
 
     def __init__(self, max_wait_s: float = 5.0, permits: int = 1 << 20) -> None:
-        self.leases = 0
+        self.leases = self.leases_taken = 0
         self.queue, self.rate = JobQueue(), DrainRate()
         self.rate.note(RATE * 10, 10.0)
         backbone: Any = SimpleNamespace(config=TINY, tensors={})
@@ -46,10 +47,15 @@ class Device:
             self, backbone, TokenPermits(permits), self.queue, self.rate, 1 << 20, max_wait_s
         )
 
+    def version(self, name: str) -> Any:
+        return SimpleNamespace(name=name, number=1, digest=name, manifest=None)
+
     def lease(self, name: str) -> Any:
-        version: Any = SimpleNamespace(name=name, number=1, digest=name, manifest=None)
+        if name == "deleted meanwhile":
+            raise NotFound(name)
         self.leases += 1
-        return version, SimpleNamespace(release=self._release)
+        self.leases_taken += 1
+        return self.version(name), SimpleNamespace(release=self._release)
 
     def _release(self) -> None:
         self.leases -= 1
@@ -137,6 +143,23 @@ def test_a_refused_request_holds_nothing() -> None:
     with pytest.raises(Overloaded):
         device.ask("second", rows=2)
     assert (device.leases, device.admission.permits.held) == (1, 3 * ROW)
+
+
+def test_a_refusal_for_want_of_time_asks_for_no_lease() -> None:
+    device = Device(max_wait_s=2)
+    admitted, _ = device.fill("flooding")
+    for _ in range(100):
+        with pytest.raises(Overloaded):
+            device.ask("flooding")
+    assert device.leases_taken == admitted
+
+
+def test_an_adapter_that_is_deleted_during_admission_keeps_no_permits() -> None:
+    device = Device()
+    device.ask("first")
+    with pytest.raises(NotFound):
+        device.ask("deleted meanwhile")
+    assert (device.leases, device.admission.permits.held) == (1, ROW)
 
 
 def test_an_idle_server_takes_any_request_and_one_that_knows_no_rate_too() -> None:
