@@ -43,20 +43,18 @@ class Answered:
 
     @property
     def usage(self) -> dict[str, int]:
-        tokens = sum(len(row.ids) for row in self.rows)
+        tokens = sum([len(row.ids) for row in self.rows])
         return {"prompt_tokens": tokens, "total_tokens": tokens}
 
     @property
     def timings(self) -> dict[str, float]:
-        times = {
-            "tokenize": self.tokenize_ms,
-            "queue": max(result.queue_ms for result in self.results),
-            "forward": max(result.forward_ms for result in self.results),
-            "total": (time.monotonic() - self.received) * 1e3,
+        return {
+            "tokenize": round(self.tokenize_ms, 3),
+            "queue": round(max([result.queue_ms for result in self.results]), 3),
+            "forward": round(max([result.forward_ms for result in self.results]), 3),
+            "total": round((time.monotonic() - self.received) * 1e3, 3),
         }
-        return {name: round(ms, 3) for name, ms in times.items()}
 
-    @property
     def facts(self) -> dict[str, Any]:
         """For the log and the trace."""
         names = sorted({result.adapter.name for result in self.results if result.adapter})

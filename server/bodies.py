@@ -43,14 +43,23 @@ async def read_json(request: Request, schema: type[Schema], max_bytes: int) -> S
 
 
 def check_json_headers(request: Request, max_bytes: int) -> None:
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind = header(request, b"content-type").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise RequestError("unsupported_media_type", "the body must be application/json")
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
+    if header(request, b"content-encoding", "identity").lower() != "identity":
         raise RequestError("unsupported_media_type", "a body with a Content-Encoding is not read")
-    length = request.headers.get("content-length", "0")
+    length = header(request, b"content-length", "0")
     if length.isdecimal() and int(length[:20]) > max_bytes:
         raise _too_large(max_bytes)
+
+
+def header(request: Request, name: bytes, default: str = "") -> str:
+    """The first of this name, in lower case; request.headers takes ten times as long for it."""
+    for key, value in request.scope["headers"]:
+        if key == name:
+            text: str = value.decode("latin-1")
+            return text
+    return default
 
 
 async def _read(request: Request, max_bytes: int, timeout_s: float) -> bytes:

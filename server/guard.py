@@ -57,7 +57,8 @@ def needed(method: str, path: str) -> set[str]:
 
 def caller_of(request: Request) -> Caller | None:
     """Whose key the request came with; None on a server without keys."""
-    return getattr(request.state, "caller", None)
+    caller: Caller | None = request.scope["state"].get("caller")
+    return caller
 
 
 def check_adapter(request: Request, reference: str | None) -> None:

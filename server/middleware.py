@@ -31,7 +31,7 @@ class RequestContext:
         began = time.monotonic()
         request_id = _request_id(scope)
         state = scope.setdefault("state", {})
-        state |= {"request_id": request_id.decode(), "received": began, FACTS: {}}
+        state |= {"request_id": request_id.decode(), "received": began, FACTS: dict}
         REQUEST_ID.set(state["request_id"])
         status = 500
 
@@ -55,7 +55,7 @@ class RequestContext:
             if log.isEnabledFor(logging.INFO):
                 path = quote(scope["path"])  # no line end of a client's gets into the log
                 facts = {"method": scope["method"], "path": path, "route": route, "status": status}
-                facts |= {"total_ms": round(seconds * 1e3, 3)} | state[FACTS]
+                facts |= {"total_ms": round(seconds * 1e3, 3)} | state[FACTS]()
                 values = (scope["method"], path, status, seconds * 1e3)
                 log.info("%s %s %d %.1f ms", *values, extra={FACTS: facts})
 

@@ -122,8 +122,15 @@ class InferenceRequest(StrictModel):
         return list(self.adapters) if self.adapters is not None else [self.adapter]
 
 
+def _embedding_alone() -> list[Output]:
+    """A list given as the default itself is copied deeply for every request."""
+    return ["embedding"]
+
+
 class EncodeRequest(InferenceRequest):
-    outputs: Annotated[list[Output], Field(min_length=1, max_length=16), FailFast()] = ["embedding"]
+    outputs: Annotated[list[Output], Field(min_length=1, max_length=16), FailFast()] = Field(
+        default_factory=_embedding_alone, json_schema_extra={"default": ["embedding"]}
+    )
     pooling: Pooling | None = None
     normalize: bool = True
     dimensions: Annotated[int, Field(ge=1)] | None = None

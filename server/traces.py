@@ -59,5 +59,5 @@ def _attributes(scope: Scope, route: str) -> dict[str, Any]:
         "http.request.method": scope["method"],
         "http.route": route,
         "trunkline.request_id": state.get("request_id", ""),
-        **{f"trunkline.{name}": value for name, value in state.get("facts", {}).items()},
+        **{f"trunkline.{name}": value for name, value in state.get("facts", dict)().items()},
     }

@@ -15,7 +15,7 @@ from server.answers import (
     octet_answer,
     safetensors_answer,
 )
-from server.bodies import read_json
+from server.bodies import header, read_json
 from server.engine.errors import BadInput
 from server.engine.job import Ask
 from server.routes.documented import INFER, errors, json_body
@@ -35,7 +35,7 @@ async def encode(request: Request) -> Response:
     """Embeddings, token states, critic values, mask logits and labels of texts or token ids."""
     state = state_of(request)
     body = await read_json(request, EncodeRequest, state.settings.max_body_bytes)
-    accept = request.headers.get("accept", "")
+    accept = header(request, b"accept")
     form = _embedding_form(body, state)
     if OCTET_STREAM in accept and body.outputs != ["embedding"]:
         raise BadInput(f"{OCTET_STREAM} carries embeddings alone: leave out other outputs")

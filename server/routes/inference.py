@@ -14,6 +14,7 @@ from server.engine.errors import DeadlineExceeded, TooManyInputs
 from server.engine.job import Ask, Ids, Result
 from server.guard import caller_of, check_adapter
 from server.inputs import encode_inputs
+from server.logs import FACTS
 from server.schemas import InferenceRequest
 from server.state import ServerState, state_of
 
@@ -36,14 +37,15 @@ async def answer_inputs(
     for reference in references:
         check_adapter(request, reference)
     state = state_of(request)
-    received: float = request.state.received
+    received: float = request.scope["state"]["received"]
     _check_count(len(inputs) * len(references), state)
     began = time.monotonic()
     block_size = state.backbone.config.block_size
     limit, most = (block_size, None) if truncate else (None, block_size)
     encoded = await encode_inputs(inputs, state.backbone.tokenizer, limit, most)
     tokenize_s = time.monotonic() - began
-    state.metrics.tokenize_seconds.observe(tokenize_s)
+    if any(item.text is not None for item in encoded):
+        state.metrics.tokenize_seconds.observe(tokenize_s)
     rows = [Row(item.ids, reference) for item in encoded for reference in references]
     timeout_s = (timeout_ms or state.settings.default_timeout_ms) / 1e3
     results = await _run(request, rows, ask, received + timeout_s)
@@ -52,7 +54,7 @@ async def answer_inputs(
         raise results[0].error
     spread = [item for item in encoded for _ in references]
     answered = Answered(spread, results, received, tokenize_s * 1e3)
-    request.state.facts.update(answered.facts)
+    request.scope["state"][FACTS] = answered.facts
     return answered
 
 
