@@ -36,6 +36,7 @@ from server.routes import adapters, critic, encode, openai, ops, tokens, vllm
 from server.routes.documented import with_path_patterns
 from server.settings import BadSettings, Settings, default_data_dir
 from server.state import ServerState
+from server.turns import Turns
 
 DEMO_BACKBONE = Path(model.__file__).parent / "demo"
 HOT = {
@@ -65,6 +66,7 @@ def create_app(settings: Settings) -> FastAPI:
         redoc_url=None, title="trunkline", version=__version__, lifespan=_lifespan
     )
     app.state.settings = settings
+    app.state.turns = Turns(settings.max_queue_s)
     app.state.server = ServerState(settings, backbone, forward, library, Metrics())
     app.state.server.metrics.watch_residency(lambda: _residency(library))
     keys = settings.keys or (settings.data_dir or default_data_dir()) / "keys.json"

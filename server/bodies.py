@@ -4,6 +4,7 @@ import asyncio
 import gc
 import json
 import math
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,8 +17,9 @@ from starlette.requests import ClientDisconnect, Request
 from server.connection import CLIENT, Client
 from server.errors import RequestError
 
-# A body beyond this is parsed in a worker thread, so that the event loop answers meanwhile.
-INLINE_BYTES = 64 << 10
+# A body of so many bytes takes a turn (server.turns) and is parsed in a worker thread, so that the
+# event loop answers meanwhile.
+LARGE = 64 << 10
 # One: each thread that parses takes Python's lock for 5 ms at a time, and the loop waits for all.
 _PARSER = ThreadPoolExecutor(1, "parser")
 
@@ -33,24 +35,43 @@ Schema = TypeVar("Schema", bound=BaseModel)
 
 async def read_json(request: Request, schema: type[Schema], max_bytes: int) -> Schema:
     """The body as `schema`. Raises RequestError; no message holds what the client sent."""
-    check_json_headers(request, max_bytes)
-    settings = request.app.state.settings
-    raw = await _read(request, max_bytes, settings.receive_timeout_s)
-    if len(raw) <= INLINE_BYTES:
+    size = check_json_headers(request, max_bytes)
+    if size < LARGE:
+        settings = request.app.state.settings
+        raw = await _read(request, max_bytes, settings.receive_timeout_s)
         return parse(raw, schema, settings.max_inputs)
-    loop = asyncio.get_running_loop()
-    return await loop.run_in_executor(_PARSER, parse, raw, schema, settings.max_inputs)
+    async with request.app.state.turns.take(size):
+        return await _read_large(request, schema, max_bytes)
 
 
-def check_json_headers(request: Request, max_bytes: int) -> None:
+async def _read_large(request: Request, schema: type[Schema], max_bytes: int) -> Schema:
+    settings, turns = request.app.state.settings, request.app.state.turns
+    raw = await _read(request, max_bytes, settings.receive_timeout_s)
+
+    def parse_and_note() -> Schema:
+        began = time.monotonic()
+        try:
+            return parse(raw, schema, settings.max_inputs)
+        finally:
+            turns.note(len(raw), began)
+
+    return await asyncio.get_running_loop().run_in_executor(_PARSER, parse_and_note)
+
+
+def check_json_headers(request: Request, max_bytes: int) -> int:
+    """The body's declared bytes, or LARGE where it declares none and is not all there yet."""
     kind = header(request, b"content-type").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise RequestError("unsupported_media_type", "the body must be application/json")
     if header(request, b"content-encoding", "identity").lower() != "identity":
         raise RequestError("unsupported_media_type", "a body with a Content-Encoding is not read")
-    length = header(request, b"content-length", "0")
-    if length.isdecimal() and int(length[:20]) > max_bytes:
+    length = header(request, b"content-length")
+    if not length.isdecimal():
+        client: Client | None = request.scope.get(CLIENT)
+        return 0 if client is not None and client.sent_all else LARGE
+    if int(length[:20]) > max_bytes:
         raise _too_large(max_bytes)
+    return int(length)
 
 
 def header(request: Request, name: bytes, default: str = "") -> str:
@@ -110,7 +131,7 @@ def parse(raw: bytes, schema: type[Schema], max_inputs: int) -> Schema:
 def parse_json(raw: bytes) -> Any:
     """Strict JSON: UTF-8 without a mark, no key twice, no NaN or Infinity, no lone surrogate."""
     try:
-        with _no_collections(len(raw) > INLINE_BYTES):
+        with _no_collections(len(raw) >= LARGE):
             return jiter.from_json(raw, catch_duplicate_keys=True, allow_inf_nan=False)
     except ValueError as error:
         raise _why_not_json(raw, str(error)) from error
