@@ -78,10 +78,10 @@ class BlockWeights:
 
 
 class Progress:
-    """How many layers have ended, in any part of any of a caller's batches."""
+    """Moves while one caller's batches get on: with every layer of any part of them."""
 
     def __init__(self) -> None:
-        self.layers = 0
+        self.steps = 0
 
 
 class Encoder:
@@ -228,7 +228,7 @@ class Encoder:
             x = _mlp(layer, block, x, normed, operators)
             if layer + 1 in kept:
                 kept[layer + 1][part.start : part.end] = part.real(x)
-            progress.layers += 1
+            progress.steps += 1
         if FINAL in kept:
             final = operators.norm("transformer.ln_f", x, *self.ln_f)
             kept[FINAL][part.start : part.end] = part.real(final)

@@ -99,6 +99,7 @@ class Forward:
             ids, logprobs = likeliest_tokens(hidden, self.encoder.wte, job.ask.top_k)
             results[row].masks = masks.tolist()
             results[row].top_ids = ids.cpu().numpy()
+            self.progress.steps += 1  # a batch of masks takes seconds where V is large
             results[row].top_logprobs = _floats(logprobs)
 
     def _labels(self, batch: Batch, states: States, results: list[Result]) -> None:

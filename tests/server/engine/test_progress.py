@@ -1,4 +1,4 @@
-"""Whether the batch on the device gets on is judged by its own forward alone."""
+"""What counts as the progress of the batch on the device: its own forward, and no other."""
 
 import asyncio
 import threading
@@ -8,17 +8,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from conftest import TINY, random_adapter
+from torch import Tensor
 
 from adapters.format import AdapterSet
 from adapters.probe import Probe
+from model import heads
 from model.checkpoint import Backbone, read_backbone
 from server.engine.admission import Row
-from server.engine.batcher import Batch
+from server.engine.batcher import Batch, form_batch
 from server.engine.engine import Engine
 from server.engine.forward import Forward
-from server.engine.job import Ask, Result
+from server.engine.job import Ask, Job, Result
 from server.metrics import Metrics
 
 ASK = Ask(frozenset({"embedding"}))
@@ -36,6 +39,12 @@ class Held(Forward):
         self.is_held.set()
         self.may_run.wait()
         return super().run(batch)
+
+
+def masks() -> Job:
+    ids, reply = np.full(3, TINY.mask_token_id), SimpleNamespace()
+    ask = Ask(frozenset({"logits"}))
+    return Job(ids, ask, None, 0.0, 0.0, reply, 0, lambda: None)  # type: ignore[arg-type]
 
 
 def engine_of(forward: Forward) -> Engine:
@@ -67,6 +76,21 @@ async def progress_around_a_probe(forward: Held, adapter: AdapterSet) -> tuple[A
     await asked
     await engine.stop()
     return before, after
+
+
+def test_a_batch_of_masks_gets_on_with_every_row(
+    tiny_backbone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = read_backbone(tiny_backbone)
+    forward, seen = Forward(backbone, torch.float32, torch.device("cpu")), []
+
+    def likeliest_tokens(*arguments: Any) -> tuple[Tensor, Tensor]:
+        seen.append(forward.progress.steps)
+        return heads.likeliest_tokens(*arguments)
+
+    monkeypatch.setattr("server.engine.forward.likeliest_tokens", likeliest_tokens)
+    forward.run(form_batch([masks() for _ in range(4)], {}, forward.encoder.device))
+    assert len(set(seen)) == 4
 
 
 def test_an_upload_beside_a_stuck_batch_does_not_hide_that_it_is_stuck(
