@@ -8,7 +8,7 @@ from server.cli import main
 from server.engine.batcher import Batch
 from server.engine.forward import Forward
 
-POISON, HANG, KILL, HUNGRY, SLOW = 7, 8, 9, 10, 11
+POISON, HANG, KILL, HUNGRY, SLOW, PAUSE = 7, 8, 9, 10, 11, 12
 run = Forward.run
 
 
@@ -20,6 +20,8 @@ def faulty(self: Forward, batch: Batch) -> Any:
         threading.Event().wait()
     if KILL in ids:
         raise SystemExit
+    if PAUSE in ids:  # stuck for 3 s, then it goes on
+        time.sleep(3)
     if HUNGRY in ids and len(batch.jobs) > 1:
         raise MemoryError
     if SLOW in ids:  # a batch of 4 s that gets on all the time

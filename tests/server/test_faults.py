@@ -1,6 +1,7 @@
 """A poisoned row, too little memory, a dead or stuck engine, a stopped process: real processes."""
 
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -14,10 +15,14 @@ import pytest
 from adapter_client import wait_until
 from conftest import Serve, Served, start_server
 
+from server.engine.engine import TICK_S
+
 HERE = Path(__file__).parent
-POISON, HANG, KILL, HUNGRY, SLOW = 7, 8, 9, 10, 11
+POISON, HANG, KILL, HUNGRY, SLOW, PAUSE = 7, 8, 9, 10, 11, 12
 GOOD = [[20, 21, 22], [23], [24, 25]]
 ENGINE_LOST = 70
+UNREADY_WITHIN_S = 2.0  # the promise
+TRIES = 5  # of what a busy machine may be late for
 
 
 @pytest.fixture
@@ -71,7 +76,7 @@ def test_a_stuck_engine_is_not_ready_while_health_answers(faulty: Served) -> Non
     with faulty.client() as client, ThreadPoolExecutor(1) as threads:
         hung = threads.submit(ask, client, [[HANG]])
         with faulty.client() as other:
-            wait_until(lambda: other.get("/ready").status_code == 503, 10)
+            wait_until(lambda: other.get("/ready").status_code == 503)
             assert other.get("/health").status_code == 200
             engine = other.get("/debug/engine").json()
             assert (engine["ready"], engine["tokens_admitted"], engine["leases"]) == (False, 1, 1)
@@ -79,6 +84,40 @@ def test_a_stuck_engine_is_not_ready_while_health_answers(faulty: Served) -> Non
         faulty.process.kill()
         with pytest.raises(httpx.TransportError):
             hung.result()
+
+
+def ready_while_stuck(faulty: Served, threads: ThreadPoolExecutor) -> tuple[float, float]:
+    """How long /ready went on to be 200 after a batch was stuck: seconds by the clock, at most,
+    and by the ticks that the server judges by, at least. Whatever delays this client or the server
+    makes the first more, and the second less."""
+    with faulty.client() as client, faulty.client() as other:
+        wait_until(lambda: other.get("/ready").status_code == 200)
+        began = time.monotonic()
+        paused = threads.submit(ask, client, [[PAUSE]])
+        wait_until(lambda: other.get("/debug/engine").json()["batch_s"] is not None)
+        first = last = now = ticks(other)
+        while other.get("/ready").status_code == 200 and not paused.done():
+            last, now = now, ticks(other)
+        spent_s = time.monotonic() - began
+        assert paused.result().status_code == 200
+    return spent_s, (last - first) * TICK_S
+
+
+def ticks(client: httpx.Client) -> int:
+    """Of the watch, each of which observes the event loop's lag."""
+    found = re.search(r"event_loop_lag_seconds_count (\S+)", client.get("/metrics").text)
+    assert found is not None
+    return int(float(found[1]))
+
+
+def test_a_stuck_engine_is_not_ready_within_2_s(faulty: Served) -> None:
+    with ThreadPoolExecutor(1) as threads:
+        for _ in range(TRIES):
+            by_the_clock_s, by_ticks_s = ready_while_stuck(faulty, threads)
+            assert by_ticks_s < UNREADY_WITHIN_S
+            if by_the_clock_s < UNREADY_WITHIN_S:
+                break
+        assert by_the_clock_s < UNREADY_WITHIN_S
 
 
 def test_a_batch_that_takes_long_but_gets_on_is_not_stuck(faulty: Served) -> None:
