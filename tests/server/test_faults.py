@@ -7,8 +7,10 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -18,7 +20,7 @@ from conftest import Serve, Served, start_server
 from server.engine.engine import TICK_S
 
 HERE = Path(__file__).parent
-POISON, HANG, KILL, HUNGRY, SLOW, PAUSE = 7, 8, 9, 10, 11, 12
+POISON, HANG, KILL, HUNGRY, SLOW, PAUSE, BREAK = 7, 8, 9, 10, 11, 12, 13
 GOOD = [[20, 21, 22], [23], [24, 25]]
 ENGINE_LOST = 70
 UNREADY_WITHIN_S = 2.0  # the promise
@@ -27,9 +29,16 @@ TRIES = 5  # of what a busy machine may be late for
 
 @pytest.fixture
 def faulty(tiny_backbone: Path, tmp_path: Path) -> Iterator[Served]:
-    served = start_server(
-        tmp_path / "log", tiny_backbone, "--dtype", "float32", script=HERE / "faulty_server.py"
-    )
+    yield from running(HERE / "faulty_server.py", tiny_backbone, tmp_path)
+
+
+@pytest.fixture
+def impatient(tiny_backbone: Path, tmp_path: Path) -> Iterator[Served]:
+    yield from running(HERE / "impatient_server.py", tiny_backbone, tmp_path)
+
+
+def running(script: Path, backbone: Path, folder: Path) -> Iterator[Served]:
+    served = start_server(folder / "log", backbone, "--dtype", "float32", script=script)
     yield served
     served.process.kill()
     served.process.wait()
@@ -62,14 +71,66 @@ def test_a_batch_without_memory_is_run_in_halves(faulty: Served) -> None:
         assert not [row for row in answer.json()["data"] if "error" in row]
 
 
+def ask_behind(
+    served: Served, threads: ThreadPoolExecutor, first: list[int], *others: list[int]
+) -> list[Future[httpx.Response]]:
+    """A request whose batch is on the device, and others that wait behind it, a row each."""
+
+    def engine() -> dict[str, Any]:
+        state: dict[str, Any] = client.get("/debug/engine").json()
+        return state
+
+    def send(row: list[int]) -> Future[httpx.Response]:
+        return threads.submit(httpx.post, f"{served.url}/encode", json={"inputs": row}, timeout=60)
+
+    with served.client() as client:
+        asked = [send(first)]
+        wait_until(lambda: engine()["batch_s"] is not None)
+        for row in others:
+            asked.append(send(row))
+            wait_until(lambda: engine()["waiting_rows"] == len(asked) - 1)
+    return asked
+
+
+def assert_told_that_the_engine_failed(answer: httpx.Response) -> None:
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (503, "not_ready")
+    assert "engine has failed" in error["message"]
+    assert int(answer.headers["retry-after"]) > 0
+
+
 def test_a_dead_engine_fails_who_waits_and_ends_the_process_with_its_own_code(
     faulty: Served,
 ) -> None:
-    with faulty.client() as client:
-        answer = ask(client, [[KILL]])
-    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
-    assert int(answer.headers["retry-after"]) > 0
+    with faulty.client() as client, faulty.client() as other:
+        assert_told_that_the_engine_failed(ask(client, [[KILL]]))
+        with suppress(httpx.TransportError):  # it has ended, or says that it is not ready
+            assert other.get("/ready").status_code == 503
     assert faulty.process.wait(20) == ENGINE_LOST
+
+
+def test_a_broken_accelerator_fails_who_waits_and_ends_the_process_with_its_own_code(
+    faulty: Served,
+) -> None:
+    with ThreadPoolExecutor(3) as threads:
+        slow, *others = ask_behind(faulty, threads, [SLOW], [BREAK], [20, 21])
+        assert slow.result().status_code == 200
+        for other in others:
+            assert_told_that_the_engine_failed(other.result())
+    assert faulty.process.wait(20) == ENGINE_LOST
+    assert "run in halves" not in faulty.log.read_text()  # it would answer nothing
+
+
+def test_a_batch_that_stays_stuck_fails_who_waits_and_ends_the_process_with_its_own_code(
+    impatient: Served,
+) -> None:
+    with ThreadPoolExecutor(3) as threads, impatient.client() as client:
+        asked = ask_behind(impatient, threads, [HANG], [20], [21, 22])
+        wait_until(lambda: client.get("/ready").status_code == 503)
+        assert not any(each.done() for each in asked)
+        for each in asked:
+            assert_told_that_the_engine_failed(each.result())
+    assert impatient.process.wait(20) == ENGINE_LOST
 
 
 def test_a_stuck_engine_is_not_ready_while_health_answers(faulty: Served) -> None:
