@@ -77,6 +77,13 @@ class BlockWeights:
     ln_2: tuple[Tensor, Tensor | None]
 
 
+class Progress:
+    """Moves while one caller's batches get on: with every layer of any part of them."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+
 class Encoder:
     """A backbone resident on a device.
 
@@ -113,7 +120,6 @@ class Encoder:
         self.ln_f = self._pair(tensors, "transformer.ln_f")
         # (V, C) float32: ids are looked up in it, and the mask logits are taken against it
         self.wte = tensors["transformer.wte.weight"].to(self.device, torch.float32)
-        self.layers_done = 0  # by any part of any batch: it moves while the forward gets on
         cls_embedding = tensors.get("cls_embedding")
         self.cls_embedding = None if cls_embedding is None else cls_embedding.to(self.wte)
 
@@ -154,9 +160,17 @@ class Encoder:
 
     @torch.inference_mode()
     def forward(
-        self, batch: PackedBatch, lora: LoraBatch, keep: Collection[int] = (FINAL,)
+        self,
+        batch: PackedBatch,
+        lora: LoraBatch,
+        keep: Collection[int] = (FINAL,),
+        progress: Progress | None = None,
     ) -> dict[int, Tensor]:
-        """The states asked for: (N, C) in the serving dtype, by layer; FINAL is after ln_f."""
+        """The states asked for: (N, C) in the serving dtype, by layer; FINAL is after ln_f.
+
+        `progress` moves with it: who calls from another thread has another, or none.
+        """
+        progress = progress or Progress()
         kept = {
             layer: torch.empty(
                 (batch.ids.shape[0], self.config.n_embd), dtype=self.dtype, device=self.device
@@ -168,9 +182,9 @@ class Encoder:
             if self.device.type == "cpu":
                 self._share_operators(batch.ids.shape[0])
             for part in parts:
-                self._through_all_layers(part, kept)
+                self._through_all_layers(part, kept, progress)
         else:
-            list(self._workers.map(self._through_all_layers, parts, repeat(kept)))
+            list(self._workers.map(self._through_all_layers, parts, repeat(kept), repeat(progress)))
         return kept
 
     def _share_operators(self, tokens: int) -> None:
@@ -201,7 +215,9 @@ class Encoder:
         )
 
     @torch.inference_mode()
-    def _through_all_layers(self, part: Part, kept: Mapping[int, Tensor]) -> None:
+    def _through_all_layers(
+        self, part: Part, kept: Mapping[int, Tensor], progress: Progress
+    ) -> None:
         operators = self.operators.of(part.batch, part.lora)
         x = self._embed(part.batch.ids)  # (N, C)
         for layer, block in enumerate(self.blocks):
@@ -212,7 +228,7 @@ class Encoder:
             x = _mlp(layer, block, x, normed, operators)
             if layer + 1 in kept:
                 kept[layer + 1][part.start : part.end] = part.real(x)
-            self.layers_done += 1
+            progress.steps += 1
         if FINAL in kept:
             final = operators.norm("transformer.ln_f", x, *self.ln_f)
             kept[FINAL][part.start : part.end] = part.real(final)

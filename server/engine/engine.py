@@ -18,7 +18,9 @@ from server.engine.queue import JobQueue
 from server.engine.rate import DrainRate
 from server.metrics import Metrics
 
-STUCK_AFTER_S = 2.0  # a batch on the device in which no layer ends for so long: not ready
+# A batch on the device in which no layer ends in ticks of so long: not ready. Within 2 s of the
+# last layer's end: a tick may pass before the first that counts, and one is left for late ticks.
+STUCK_AFTER_S = 1.5
 LOST_AFTER_S = 60.0  # for so long: lost, and with it the process
 TICK_S = 0.25
 
@@ -106,8 +108,8 @@ class Engine:
 
     @property
     def ready(self) -> bool:
-        """Whether the device thread lives, and the batch on the device got on within 2 s."""
-        return self.alive and not self.failed and self._stuck_s < STUCK_AFTER_S - TICK_S
+        """Whether the device thread lives, and its batch gets on; no longer within 2 s."""
+        return self.alive and not self.failed and self._stuck_s < STUCK_AFTER_S
 
     def start(self) -> None:
         self.loop.thread.start()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from model.checkpoint import Backbone
-from model.encoder import FINAL, Encoder
+from model.encoder import FINAL, Encoder, Progress
 from model.heads import (
     critic_logits,
     label_scores,
@@ -33,6 +33,7 @@ class Forward:
     ) -> None:
         self.backbone, self.config = backbone, backbone.config
         self.encoder = Encoder(self.config, backbone.tensors, dtype, device, int8=int8)
+        self.progress = Progress()  # of the device thread alone: probes forward beside it
         heads = {
             name: tensor.to(device, torch.float32)
             for name, tensor in backbone.tensors.items()
@@ -49,7 +50,7 @@ class Forward:
     def run(self, batch: Batch) -> list[Result]:
         """Every output that a job asks for, from one forward; a row not finite errs alone."""
         wanted = {job.ask.layer for job in batch.jobs} | {FINAL}
-        states = self.encoder.forward(batch.packed, batch.lora, wanted)
+        states = self.encoder.forward(batch.packed, batch.lora, wanted, self.progress)
         results = [Result(job.adapter) for job in batch.jobs]
         arrays = [
             *self._embeddings(batch, states, results),
@@ -127,6 +128,7 @@ class Forward:
             results[row].masks = masks.tolist()
             results[row].top_ids = ids.cpu().numpy()
             results[row].top_logprobs = top = _floats(logprobs)
+            self.progress.steps += 1  # a batch of masks takes seconds where V is large
             yield top
 
     def _labels(self, batch: Batch, states: States, results: list[Result]) -> Iterator[Floats]:

@@ -51,7 +51,7 @@ class EngineLoop:
     def progress(self) -> tuple[float, int] | None:
         """Differs from before whenever the device got on with its batch. None: it has none."""
         since = self.busy_since
-        return (since, self.forward.encoder.layers_done) if since is not None else None
+        return (since, self.forward.progress.steps) if since is not None else None
 
     def _run(self) -> None:
         try:

@@ -30,7 +30,7 @@ async def ready(request: Request) -> Response:
     if state_of(request).draining:
         raise Draining("the server is stopping")
     if not state_of(request).engine.ready:
-        raise NotReady("the engine is not running, or stuck for 2 s")
+        raise NotReady("the engine is not running, or stuck")
     return JSONAnswer({"status": "ready"})
 
 

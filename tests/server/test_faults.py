@@ -1,30 +1,44 @@
 """A poisoned row, too little memory, a dead or stuck engine, a stopped process: real processes."""
 
 import json
+import re
 import signal
 import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from adapter_client import wait_until
 from conftest import Serve, Served, start_server
 
+from server.engine.engine import TICK_S
+
 HERE = Path(__file__).parent
-POISON, HANG, KILL, HUNGRY, SLOW = 7, 8, 9, 10, 11
+POISON, HANG, KILL, HUNGRY, SLOW, PAUSE, BREAK = 7, 8, 9, 10, 11, 12, 13
 GOOD = [[20, 21, 22], [23], [24, 25]]
 ENGINE_LOST = 70
+UNREADY_WITHIN_S = 2.0  # the promise
+TRIES = 5  # of what a busy machine may be late for
 
 
 @pytest.fixture
 def faulty(tiny_backbone: Path, tmp_path: Path) -> Iterator[Served]:
-    served = start_server(
-        tmp_path / "log", tiny_backbone, "--dtype", "float32", script=HERE / "faulty_server.py"
-    )
+    yield from running(HERE / "faulty_server.py", tiny_backbone, tmp_path)
+
+
+@pytest.fixture
+def impatient(tiny_backbone: Path, tmp_path: Path) -> Iterator[Served]:
+    yield from running(HERE / "impatient_server.py", tiny_backbone, tmp_path)
+
+
+def running(script: Path, backbone: Path, folder: Path) -> Iterator[Served]:
+    served = start_server(folder / "log", backbone, "--dtype", "float32", script=script)
     yield served
     served.process.kill()
     served.process.wait()
@@ -57,21 +71,73 @@ def test_a_batch_without_memory_is_run_in_halves(faulty: Served) -> None:
         assert not [row for row in answer.json()["data"] if "error" in row]
 
 
+def ask_behind(
+    served: Served, threads: ThreadPoolExecutor, first: list[int], *others: list[int]
+) -> list[Future[httpx.Response]]:
+    """A request whose batch is on the device, and others that wait behind it, a row each."""
+
+    def engine() -> dict[str, Any]:
+        state: dict[str, Any] = client.get("/debug/engine").json()
+        return state
+
+    def send(row: list[int]) -> Future[httpx.Response]:
+        return threads.submit(httpx.post, f"{served.url}/encode", json={"inputs": row}, timeout=60)
+
+    with served.client() as client:
+        asked = [send(first)]
+        wait_until(lambda: engine()["batch_s"] is not None)
+        for row in others:
+            asked.append(send(row))
+            wait_until(lambda: engine()["waiting_rows"] == len(asked) - 1)
+    return asked
+
+
+def assert_told_that_the_engine_failed(answer: httpx.Response) -> None:
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (503, "not_ready")
+    assert "engine has failed" in error["message"]
+    assert int(answer.headers["retry-after"]) > 0
+
+
 def test_a_dead_engine_fails_who_waits_and_ends_the_process_with_its_own_code(
     faulty: Served,
 ) -> None:
-    with faulty.client() as client:
-        answer = ask(client, [[KILL]])
-    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
-    assert int(answer.headers["retry-after"]) > 0
+    with faulty.client() as client, faulty.client() as other:
+        assert_told_that_the_engine_failed(ask(client, [[KILL]]))
+        with suppress(httpx.TransportError):  # it has ended, or says that it is not ready
+            assert other.get("/ready").status_code == 503
     assert faulty.process.wait(20) == ENGINE_LOST
+
+
+def test_a_broken_accelerator_fails_who_waits_and_ends_the_process_with_its_own_code(
+    faulty: Served,
+) -> None:
+    with ThreadPoolExecutor(3) as threads:
+        slow, *others = ask_behind(faulty, threads, [SLOW], [BREAK], [20, 21])
+        assert slow.result().status_code == 200
+        for other in others:
+            assert_told_that_the_engine_failed(other.result())
+    assert faulty.process.wait(20) == ENGINE_LOST
+    assert "run in halves" not in faulty.log.read_text()  # it would answer nothing
+
+
+def test_a_batch_that_stays_stuck_fails_who_waits_and_ends_the_process_with_its_own_code(
+    impatient: Served,
+) -> None:
+    with ThreadPoolExecutor(3) as threads, impatient.client() as client:
+        asked = ask_behind(impatient, threads, [HANG], [20], [21, 22])
+        wait_until(lambda: client.get("/ready").status_code == 503)
+        assert not any(each.done() for each in asked)
+        for each in asked:
+            assert_told_that_the_engine_failed(each.result())
+    assert impatient.process.wait(20) == ENGINE_LOST
 
 
 def test_a_stuck_engine_is_not_ready_while_health_answers(faulty: Served) -> None:
     with faulty.client() as client, ThreadPoolExecutor(1) as threads:
         hung = threads.submit(ask, client, [[HANG]])
         with faulty.client() as other:
-            wait_until(lambda: other.get("/ready").status_code == 503, 10)
+            wait_until(lambda: other.get("/ready").status_code == 503)
             assert other.get("/health").status_code == 200
             engine = other.get("/debug/engine").json()
             assert (engine["ready"], engine["tokens_admitted"], engine["leases"]) == (False, 1, 1)
@@ -79,6 +145,40 @@ def test_a_stuck_engine_is_not_ready_while_health_answers(faulty: Served) -> Non
         faulty.process.kill()
         with pytest.raises(httpx.TransportError):
             hung.result()
+
+
+def ready_while_stuck(faulty: Served, threads: ThreadPoolExecutor) -> tuple[float, float]:
+    """How long /ready went on to be 200 after a batch was stuck: seconds by the clock, at most,
+    and by the ticks that the server judges by, at least. Whatever delays this client or the server
+    makes the first more, and the second less."""
+    with faulty.client() as client, faulty.client() as other:
+        wait_until(lambda: other.get("/ready").status_code == 200)
+        began = time.monotonic()
+        paused = threads.submit(ask, client, [[PAUSE]])
+        wait_until(lambda: other.get("/debug/engine").json()["batch_s"] is not None)
+        first = last = now = ticks(other)
+        while other.get("/ready").status_code == 200 and not paused.done():
+            last, now = now, ticks(other)
+        spent_s = time.monotonic() - began
+        assert paused.result().status_code == 200
+    return spent_s, (last - first) * TICK_S
+
+
+def ticks(client: httpx.Client) -> int:
+    """Of the watch, each of which observes the event loop's lag."""
+    found = re.search(r"event_loop_lag_seconds_count (\S+)", client.get("/metrics").text)
+    assert found is not None
+    return int(float(found[1]))
+
+
+def test_a_stuck_engine_is_not_ready_within_2_s(faulty: Served) -> None:
+    with ThreadPoolExecutor(1) as threads:
+        for _ in range(TRIES):
+            by_the_clock_s, by_ticks_s = ready_while_stuck(faulty, threads)
+            assert by_ticks_s < UNREADY_WITHIN_S
+            if by_the_clock_s < UNREADY_WITHIN_S:
+                break
+        assert by_the_clock_s < UNREADY_WITHIN_S
 
 
 def test_a_batch_that_takes_long_but_gets_on_is_not_stuck(faulty: Served) -> None:
