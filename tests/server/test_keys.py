@@ -258,11 +258,33 @@ def test_the_file_has_no_secret_and_is_its_owner_s_alone(file: Path) -> None:
         revoke_key(file, key.id)
 
 
-def test_list_shows_no_hash_and_a_broken_file_is_a_sentence(file: Path) -> None:
-    make(file, "--name", "ci", "--quota", "100/s", "--adapters", "acme/*")
-    listed = CliRunner().invoke(main, ["keys", "--file", str(file), "list"]).output
-    assert "live infer acme/* 100/s - ci" in listed
-    assert read_keys(file)[0].sha256 not in listed
+def listed(file: Path, command: str = "ls") -> str:
+    words = ["keys", "--file", str(file), command]
+    done = CliRunner().invoke(main, words, env={"COLUMNS": "100"})
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def test_ls_shows_every_key_under_a_header_and_no_hash(file: Path) -> None:
+    assert listed(file) == f"no keys in {file}\n"
+    make(file, "--name", "ci \x1b[31m[red]", "--quota", "100/s", "--adapters", "acme/*")
+    make(file, "--name", "ops", "--scope", "admin", "--scope", "metrics")
+    live, revoked = read_keys(file)
+    revoke_key(file, revoked.id)
+    header, _, first, second = listed(file).splitlines()
+    assert header.split() == ["Id", "State", "Scopes", "Adapters", "Requests", "Tokens", "Name"]
+    assert first.split() == [live.id, "live", "infer", "acme/*", "100/s", "-", "ci", "�[31m[red]"]
+    assert second.split() == [revoked.id, "revoked", "admin,metrics", "*", "-", "-", "ops"]
+    assert first.index("acme/*") == second.index("*") == header.index("Adapters")
+    assert live.sha256 not in listed(file)
+
+
+def test_list_is_another_name_of_ls(file: Path) -> None:
+    make(file)
+    assert listed(file, "list") == listed(file, "ls")
+
+
+def test_a_broken_file_is_a_sentence(file: Path) -> None:
     file.write_text(json.dumps([{"id": 1}]))
     with pytest.raises(BadKeys, match="not a list of keys"):
         KeyRing(file)
