@@ -112,10 +112,11 @@ def _listen(settings: Settings) -> socket.socket:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
         return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # UnicodeError: no host is called so
+        number = error.errno if isinstance(error, OSError) else None
+        why = os.strerror(number) if number and number > 0 else "no address has this name"
         raise click.ClickException(
-            f"can't listen on {settings.host}:{settings.port}: {os.strerror(error.errno or 0)}; "
-            "try another --host or --port"
+            f"can't listen on {settings.host}:{settings.port}: {why}; try another --host or --port"
         ) from error
 
 
