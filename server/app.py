@@ -38,6 +38,7 @@ from server.settings import BadSettings, Settings, default_data_dir
 from server.state import ServerState
 
 DEMO_BACKBONE = Path(model.__file__).parent / "demo"
+DEMO_ADAPTERS = DEMO_BACKBONE.parent.parent / "adapters" / "demo"
 HOT = {
     "/encode": encode.encode,
     "/critic": critic.critic,
@@ -184,9 +185,10 @@ def _adapter_folder(settings: Settings) -> Path | None:
         if not settings.adapters.is_dir():
             raise BadSettings(f"setting adapters: {settings.adapters} is not a folder")
         return settings.adapters
-    if settings.backbone is None:
-        return DEMO_BACKBONE.parent.parent / "adapters" / "demo"
-    beside = settings.backbone / "adapters"
+    backbone = settings.backbone or DEMO_BACKBONE
+    if backbone.samefile(DEMO_BACKBONE):
+        return DEMO_ADAPTERS
+    beside = backbone / "adapters"
     return beside if beside.is_dir() else None
 
 

@@ -6,8 +6,10 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
+from conftest import Serve
 from pydantic import ValidationError
 
+from server.app import DEMO_ADAPTERS, DEMO_BACKBONE
 from server.cli import main
 from server.cli.serve import serve
 from server.settings import BadSettings, Settings, load_settings, wanted
@@ -206,3 +208,10 @@ def test_int8_where_it_cannot_be_ends_the_command_with_a_sentence(
     assert result.exit_code == 1
     assert "int8 needs the compiled operators" in result.output
     assert "Traceback" not in result.output
+
+
+def test_the_demo_named_by_its_folder_has_its_adapters_too(serve: Serve) -> None:
+    with serve(DEMO_BACKBONE).client() as client:
+        names = [row["name"] for row in client.get("/adapters").json()["data"]]
+    assert names == sorted(path.stem for path in DEMO_ADAPTERS.glob("*.safetensors"))
+    assert len(names) == 5
