@@ -32,7 +32,7 @@ from server.hot import HotRoutes
 from server.keys import KeyRing
 from server.metrics import Metrics
 from server.middleware import RequestContext
-from server.routes import adapters, critic, encode, openai, ops, tokens, vllm
+from server.routes import adapters, critic, diff, encode, openai, ops, tokens, vllm
 from server.routes.documented import with_path_patterns
 from server.settings import BadSettings, Settings, default_data_dir
 from server.state import ServerState
@@ -70,7 +70,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.server.metrics.watch_residency(lambda: _residency(library))
     keys = settings.keys or (settings.data_dir or default_data_dir()) / "keys.json"
     app.state.keys = KeyRing(keys)
-    for routes in (encode, critic, openai, vllm, tokens, adapters, ops):
+    for routes in (encode, critic, openai, vllm, tokens, adapters, diff, ops):
         app.include_router(routes.router)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     app.add_exception_handler(TrunklineError, _refused)

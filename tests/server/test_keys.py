@@ -73,7 +73,9 @@ def test_a_scope_allows_its_routes_only_and_unknown_paths_are_an_admin_s(
         assert client.get("/metrics", headers=metrics).status_code == 200
         assert code(client.get("/debug/engine", headers=infer)) == (403, "forbidden")
         assert client.get("/debug/engine", headers=admin).json()["leases"] == 0
-        assert code(client.get("/adapters", headers=metrics)) == (403, "forbidden")
+        for path in ("/adapters", "/diff?a=plain&b=full"):
+            assert client.get(path, headers=infer).status_code == 200
+            assert code(client.get(path, headers=metrics)) == (403, "forbidden")
         assert client.get("/no/such/path", headers=admin).status_code == 404
         assert code(client.post("/encode", json=BODY, headers=admin)) == (403, "forbidden")
 
@@ -98,6 +100,10 @@ def test_a_key_uses_the_adapters_of_its_patterns_only(
         for method, path in (("GET", "full"), ("POST", "full/pin"), ("DELETE", "full")):
             answer = client.request(method, f"/adapters/{path}", headers=own)
             assert code(answer) == (403, "forbidden")
+        for pair in ({"a": "plain", "b": "full@1"}, {"a": "full", "b": "plain"}):
+            assert code(client.get("/diff", params=pair, headers=own)) == (403, "forbidden")
+        pair = {"a": "plain", "b": "plain@1"}
+        assert client.get("/diff", params=pair, headers=own).status_code == 200
         for lora in ("load", "unload"):
             body = {"lora_name": "full"} | ({"lora_path": "x"} if lora == "load" else {})
             answer = client.post(f"/v1/{lora}_lora_adapter", json=body, headers=own)
