@@ -1,10 +1,12 @@
 """An adapter set against the backbone it is for: names, shapes, ranks, values, metadata."""
 
+import difflib
+import itertools
 import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,7 +21,9 @@ from model.heads import CALIBRATION_BUCKETS
 
 MAX_RANK = 64
 MAX_LABELS = 10_000
+MAX_NAME = 200  # characters of an unknown tensor's name that are compared with the known ones
 
+_CLASSIFIER_NAMES = ("classifier.weight", "classifier.bias")
 _LORA_NAME = re.compile(
     r"transformer\.h\.(0|[1-9][0-9]{0,5})\.(attn\.lora_qkv|attn\.lora_out|mlp\.lora_fc|mlp\.lora_proj)"
     r"\.([AB])\.weight"
@@ -166,13 +170,26 @@ def _check_others(shapes: Mapping[str, tuple[int, ...]], config: GPTConfig) -> N
         "critic_head.weight": (1, config.n_embd),
         "calibration": (CALIBRATION_BUCKETS,),
     }
-    for name, shape in shapes.items():
-        if _LORA_NAME.fullmatch(name) or name in ("classifier.weight", "classifier.bias"):
+    for number, (name, shape) in enumerate(shapes.items(), 1):
+        if _LORA_NAME.fullmatch(name) or name in _CLASSIFIER_NAMES:
             continue
         if name not in allowed:
-            raise Invalid("unknown_tensor", f"the backbone has no {name[:100]!r}")
+            raise _unknown(number, name, [*allowed, *_CLASSIFIER_NAMES, *_lora_names(config)])
         if shape != allowed[name]:
             raise Invalid("wrong_shape", f"{name} must be {list(allowed[name])}, not {list(shape)}")
+
+
+def _unknown(number: int, name: str, known: Iterable[str]) -> Invalid:
+    """An answer never holds what was sent: the tensor is told by its place in the header."""
+    near = difflib.get_close_matches(name[:MAX_NAME], known, n=1)
+    rest = f"; the nearest known is {near[0]}" if near else ""
+    sentence = f"tensor {number} of the header has a name that this backbone does not know{rest}"
+    return Invalid("unknown_tensor", sentence, tensor=number)
+
+
+def _lora_names(config: GPTConfig) -> Iterator[str]:
+    for layer, site, part in itertools.product(range(config.n_layer), LORA_SITES, "AB"):
+        yield f"transformer.h.{layer}.{site}.{part}.weight"
 
 
 def _check_norm_pairs(

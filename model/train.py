@@ -67,6 +67,15 @@ class Step:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """Of a run: the mean loss of its last LAST_STEPS, its step, and how many were done now."""
+
+    loss: float
+    step: int
+    done: int
+
+
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     """Linear to the peak over warmup * steps, then a cosine down to LEAST_RATE of it."""
     climb = max(1, round(warmup * steps))
@@ -137,10 +146,10 @@ def train(
     run: Path,
     identity: Mapping[str, Any],
     report: Callable[[Step], None],
-) -> float:
+) -> Outcome:
     """Train what of `objective` requires gradients, from the run folder's checkpoint if it has one.
 
-    Returns the mean loss of the last LAST_STEPS.
+    A run that is at its last step already, or beyond it, is left as it is.
 
     `identity` says what the run is of (data, shape): a checkpoint of another identity, or of other
     settings, is refused with RunError. The folder's log.jsonl gets a line a step.
@@ -150,19 +159,19 @@ def train(
     optimizer = Optimizers(objective, settings)
     run.mkdir(parents=True, exist_ok=True)
     whole = dict(identity) | settings.identity()
-    done = _resume(objective, optimizer, run, whole)
-    _cut_log(run / LOG_FILE, done)
+    begun = _resume(objective, optimizer, run, whole)
+    _cut_log(run / LOG_FILE, begun)
     objective.train()
     with (run / LOG_FILE).open("a", encoding="utf-8") as log:
-        stream = batches.from_step(done, steps, objective.gpt.config)
-        for number, batch in enumerate(stream, done + 1):
+        stream = batches.from_step(begun, steps, objective.gpt.config)
+        for number, batch in enumerate(stream, begun + 1):
             step = _step(objective, optimizer, batch, settings, number, steps)
             log.write(json.dumps(asdict(step)) + "\n")
             if number % settings.checkpoint_every == 0 or number == steps:
                 log.flush()
                 _save(objective, optimizer, run, whole, number)
             report(step)
-    return _last_loss(run / LOG_FILE)
+    return Outcome(_last_loss(run / LOG_FILE), max(begun, steps), max(0, steps - begun))
 
 
 def _step(

@@ -32,13 +32,14 @@ from server.hot import HotRoutes
 from server.keys import KeyRing
 from server.metrics import Metrics
 from server.middleware import RequestContext
-from server.routes import adapters, critic, encode, openai, ops, tokens, vllm
+from server.routes import adapters, critic, diff, encode, openai, ops, tokens, vllm
 from server.routes.documented import with_path_patterns
 from server.settings import BadSettings, Settings, default_data_dir
 from server.state import ServerState
 from server.turns import Turns
 
 DEMO_BACKBONE = Path(model.__file__).parent / "demo"
+DEMO_ADAPTERS = DEMO_BACKBONE.parent.parent / "adapters" / "demo"
 HOT = {
     "/encode": encode.encode,
     "/critic": critic.critic,
@@ -51,13 +52,13 @@ CLIENT_LEFT = 499  # nobody reads it; the log and the metrics show it
 def create_app(settings: Settings) -> FastAPI:
     """The application. What can't be served fails here, before anything listens.
 
-    Raises BackboneError, BadKeys or TrunklineError, with a sentence, for a backbone folder, an
-    adapter folder, a keys file or a data folder that can't be used, Int8Unavailable for int8 where
-    it can't be, BadSettings for traces where their extra is not installed.
+    Raises BackboneError, BadKeys or TrunklineError, with a sentence, for a backbone folder, a
+    keys file or a data folder that can't be used, Int8Unavailable for int8 where it can't be,
+    BadSettings for an adapter folder, a GPU or the traces' extra that is not there.
     """
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    device = choose_device(settings.device)
+    device = _device(settings)
     dtype = choose_dtype(settings.dtype, device)
     backbone = read_backbone(settings.backbone or DEMO_BACKBONE)
     forward = Forward(backbone, dtype, device, int8=settings.dtype == "int8")
@@ -71,7 +72,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.server.metrics.watch_residency(lambda: _residency(library))
     keys = settings.keys or (settings.data_dir or default_data_dir()) / "keys.json"
     app.state.keys = KeyRing(keys)
-    for routes in (encode, critic, openai, vllm, tokens, adapters, ops):
+    for routes in (encode, critic, openai, vllm, tokens, adapters, diff, ops):
         app.include_router(routes.router)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     app.add_exception_handler(TrunklineError, _refused)
@@ -85,6 +86,13 @@ def create_app(settings: Settings) -> FastAPI:
     state: ServerState = app.state.server
     app.middleware_stack = RequestContext(inner, state.metrics, lambda: state.draining)
     return app
+
+
+def _device(settings: Settings) -> torch.device:
+    device = choose_device(settings.device)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise BadSettings(f"setting device: {device} is not there for torch {torch.__version__}")
+    return device
 
 
 def _traced(app: ASGIApp, endpoint: str, state: ServerState) -> ASGIApp:
@@ -127,6 +135,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 def _library(settings: Settings, backbone: Backbone, forward: Forward) -> Library:
     """The library of this backbone in the data folder, with the adapter folder's files in it."""
+    folder = _adapter_folder(settings)
     encoder = forward.encoder
     tier = HostTier(encoder.config, encoder.dtype, settings.host_memory)
     library = Library(
@@ -146,7 +155,6 @@ def _library(settings: Settings, backbone: Backbone, forward: Forward) -> Librar
         quota=settings.storage_quota,
         max_rank=settings.max_rank,
     )
-    folder = _adapter_folder(settings)
     if folder is not None:
         library.seed(folder)
     return library
@@ -176,10 +184,13 @@ def data_folder(settings: Settings, backbone: Backbone) -> Path:
 def _adapter_folder(settings: Settings) -> Path | None:
     """--adapters, or the backbone's own `adapters` folder; the demo's stand under adapters/demo."""
     if settings.adapters is not None:
+        if not settings.adapters.is_dir():
+            raise BadSettings(f"setting adapters: {settings.adapters} is not a folder")
         return settings.adapters
-    if settings.backbone is None:
-        return DEMO_BACKBONE.parent.parent / "adapters" / "demo"
-    beside = settings.backbone / "adapters"
+    backbone = settings.backbone or DEMO_BACKBONE
+    if backbone.samefile(DEMO_BACKBONE):
+        return DEMO_ADAPTERS
+    beside = backbone / "adapters"
     return beside if beside.is_dir() else None
 
 

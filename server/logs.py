@@ -37,5 +37,13 @@ def configure_logs(level: str, form: str = "text") -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(JSONLines() if form == "json" else logging.Formatter(_TEXT))
     logging.basicConfig(handlers=[handler], force=True)
+    logging.captureWarnings(form == "json")  # else they are text between the lines
     for name in ("trunkline", "uvicorn"):
         logging.getLogger(name).setLevel(level.upper())
+
+
+def announce(message: str, facts: dict[str, Any]) -> None:
+    """A log line with its facts, at any level: what an operator must be told."""
+    log = logging.getLogger("trunkline")
+    record = log.makeRecord(log.name, logging.INFO, "", 0, message, (), None, extra={FACTS: facts})
+    log.handle(record)  # beyond the level, which log() asks for

@@ -20,6 +20,12 @@ from server.engine.job import Ids
 
 REFERENCE_PATTERN = NAME_PATTERN.removesuffix("$") + "(@[a-z0-9][a-z0-9._:-]*)?$"
 Output = Literal["embedding", "tokens", "critic", "logits", "labels"]
+OUTPUTS = (
+    "embedding: the pooled row. tokens: each token with its state. critic: how likely each token "
+    "is wrong. logits: the top_k likeliest tokens at every [MASK] of the input (among ids: the "
+    "mask_token_id of /info); an input without one has an empty list. labels: of the adapter's "
+    "classifier, best first."
+)
 Pooling = Literal["mean", "cls", "last"]
 
 
@@ -128,9 +134,9 @@ def _embedding_alone() -> list[Output]:
 
 
 class EncodeRequest(InferenceRequest):
-    outputs: Annotated[list[Output], Field(min_length=1, max_length=16), FailFast()] = Field(
-        default_factory=_embedding_alone, json_schema_extra={"default": ["embedding"]}
-    )
+    outputs: Annotated[
+        list[Output], Field(min_length=1, max_length=16, description=OUTPUTS), FailFast()
+    ] = Field(default_factory=_embedding_alone, json_schema_extra={"default": ["embedding"]})
     pooling: Pooling | None = None
     normalize: bool = True
     dimensions: Annotated[int, Field(ge=1)] | None = None

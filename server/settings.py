@@ -1,9 +1,11 @@
 """The one settings object: flags, then TRUNKLINE_* in the environment, then a TOML file."""
 
+import difflib
 import json
 import os
 import re
 import tomllib
+import typing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,8 +13,23 @@ import platformdirs
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 ENV_PREFIX = "TRUNKLINE_"
+MAX_SHOWN = 60  # characters of a name or a value, in a sentence about it
 # Settings that take 2GiB or 512MiB too.
 BYTES = ("adapter_memory", "host_memory", "max_adapter_bytes", "storage_quota", "max_body_bytes")
+# What a setting takes, where its type alone doesn't tell.
+WANTED = {
+    "device": "auto, cpu, cuda or cuda:N",
+    "fair_shares": "a table of numbers by adapter name (in the environment: a JSON object)",
+    **dict.fromkeys(BYTES, "bytes as 2GiB, 512MiB or a whole number"),
+}
+KINDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    str | None: "a text",
+    Path | None: "a path",
+}
 CLIENT_VARIABLES = {"TRUNKLINE_URL", "TRUNKLINE_KEY"}  # of `trunkline adapters`: no settings
 
 
@@ -47,7 +64,11 @@ class Settings(BaseModel):
     )
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N; auto prefers a GPU.")
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|cuda(:[0-9]{1,2})?)$",
+        description="auto, cpu, cuda or cuda:N; auto prefers a GPU.",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "int8"] = Field(
         "auto",
         description="Serving dtype; auto is bfloat16 where the device has it natively. int8 is "
@@ -119,16 +140,64 @@ class BadSettings(ValueError):
 
 def load_settings(flags: dict[str, Any], file: Path | None = None) -> Settings:
     """Flags over the environment over the file over the defaults. Raises BadSettings."""
-    environment = {
-        name.removeprefix(ENV_PREFIX).lower(): value
+    variables = {
+        name.removeprefix(ENV_PREFIX).lower(): (name, value)
         for name, value in os.environ.items()
         if name.startswith(ENV_PREFIX) and name not in CLIENT_VARIABLES
     }
+    sources = {key: (str(file), value) for key, value in _read(file).items()} | variables
+    sources |= {key: (f"--{key.replace('_', '-')}", value) for key, value in flags.items()}
     try:
-        from_file = tomllib.loads(file.read_text("utf-8")) if file else {}
-        return Settings(**from_file | environment | flags)
+        return Settings(**{key: value for key, (_, value) in sources.items()})
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise BadSettings(f"setting {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-    except (OSError, ValueError) as error:
+        name = str(error.errors(include_url=False)[0]["loc"][0])
+        source, value = sources[name]
+        raise BadSettings(
+            f"setting {_shown(name)}: {_fault(name, value)} (from {source})"
+        ) from error
+
+
+def _read(file: Path | None) -> dict[str, Any]:
+    """Raises BadSettings for what is no TOML file."""
+    try:
+        return tomllib.loads(file.read_text("utf-8")) if file else {}
+    except OSError as error:
+        raise BadSettings(f"settings file {file}: {error.strerror}") from error
+    except ValueError as error:
         raise BadSettings(f"settings file {file}: {error}") from error
+
+
+def _fault(name: str, value: Any) -> str:
+    """What is wrong with a setting: its name, else its value."""
+    if name in Settings.model_fields:
+        value = json.dumps(value, ensure_ascii=False, default=str)
+        return f"it must be {wanted(name)}, not {_shown(value)}"
+    spelled = name.lower().replace("-", "_")
+    near = difflib.get_close_matches(spelled, Settings.model_fields, n=1)
+    rest = f"the nearest is {near[0]}" if near else "`trunkline serve --help` lists them all"
+    return f"no setting has this name, {rest}"
+
+
+def wanted(name: str) -> str:
+    """What a setting takes, in words: its kind and its bounds."""
+    field = Settings.model_fields[name]
+    if typing.get_origin(field.annotation) is Literal:
+        return f"one of {', '.join(typing.get_args(field.annotation))}"
+    bounds = {
+        bound: getattr(part, bound)
+        for part in field.metadata
+        for bound in ("gt", "ge", "le")
+        if hasattr(part, bound)
+    }
+    kind = WANTED.get(name) or KINDS[field.annotation]
+    if "le" in bounds:
+        return f"{kind} from {bounds['ge']} to {bounds['le']}"
+    if "gt" in bounds:
+        return f"{kind} above {bounds['gt']}"
+    return f"{kind}, {bounds['ge']} or more" if "ge" in bounds else kind
+
+
+def _shown(text: str) -> str:
+    """Text of the user's on one line that is not too long."""
+    line = "".join(c if c.isprintable() else "?" for c in text)
+    return line if len(line) <= MAX_SHOWN else f"{line[:MAX_SHOWN]}..."

@@ -224,14 +224,18 @@ def rm(server: Server, name: str, version: int | None) -> Answer:
 def diff_(server: Server, a: str, b: str) -> Answer:
     """Show where A and B, two references, differ.
 
-    By layer and site: ranks, LayerNorms, heads, labels, metadata.
+    Ranks, LayerNorms, heads, labels, metadata; and at every place the norm of what A changes, of
+    what B changes, and of the difference, also as a part of the larger one.
     """
     first, second = parse_reference(a), parse_reference(b)
     versions = (
         version_of(_get(server, first.name).body, first),
         version_of(_get(server, second.name).body, second),
     )
-    return Answer(200, diff((first.name, second.name), versions))
+    names = (first.name, second.name)
+    a, b = (f"{n}@{v['version']}" for n, v in zip(names, versions, strict=True))
+    weights = server.call("GET", "/diff", params={"a": a, "b": b}).body["weights"]
+    return Answer(200, diff(names, versions, weights))
 
 
 def _verified(answer: Answer) -> RenderableType:

@@ -4,23 +4,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from model.train import Step
 
 
 class Bar:
-    """Loss, tokens a second and time left, all moving means."""
+    """Loss, tokens a second and time left, all moving means. Drawn from the first step on."""
 
     KEEP = 0.98
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
-        self.task = progress.add_task("train", loss="", speed="")
+        self.task: TaskID | None = None
         self.loss, self.speed = 0.0, 0.0
         self._seen = 0
 
     def update(self, step: Step) -> None:
+        if self.task is None:
+            self.task = self.progress.add_task("train", loss="", speed="")
+            self.progress.start()
         speed = step.tokens / step.seconds
         self._seen += 1
         weight = max(1 - self.KEEP, 1 / self._seen)
@@ -43,5 +46,9 @@ def training_bar() -> Iterator[Bar]:
         TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        yield Bar(progress)
+    bar = Bar(Progress(*columns, console=Console(stderr=True)))
+    try:
+        yield bar
+    finally:
+        if bar.task is not None:
+            bar.progress.stop()

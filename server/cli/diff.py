@@ -1,6 +1,7 @@
 """trunkline adapters diff: where two versions differ, by what the server says they change."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from adapters.errors import VersionNotFound
@@ -30,8 +31,13 @@ def version_of(answer: dict[str, Any], reference: Reference) -> dict[str, Any]:
     return newest
 
 
-def diff(names: tuple[str, str], versions: tuple[dict[str, Any], dict[str, Any]]) -> dict[str, Any]:
-    """Both sides by name, version and digest, and their differences: kind, key, a, b."""
+def diff(
+    names: tuple[str, str],
+    versions: tuple[dict[str, Any], dict[str, Any]],
+    weights: Sequence[dict[str, Any]],
+) -> dict[str, Any]:
+    """Both sides by name, version and digest, their differences: kind, key, a, b; and `weights`,
+    the places of GET /diff, layer by layer."""
     facts = [_facts(version) for version in versions]
     keys = sorted({*facts[0], *facts[1]}, key=_place)
     pairs = [(kind, key, *(side.get((kind, key)) for side in facts)) for kind, key in keys]
@@ -45,13 +51,18 @@ def diff(names: tuple[str, str], versions: tuple[dict[str, Any], dict[str, Any]]
         "differences": [
             {"kind": kind, "key": key, "a": a, "b": b} for kind, key, a, b in pairs if a != b
         ],
+        "weights": sorted(weights, key=lambda place: _natural(place["key"])),
     }
 
 
 def _place(key: tuple[str, str]) -> tuple[int, list[tuple[int, str]]]:
-    """By kind, then by name, where layer 10 comes behind layer 9."""
-    parts = re.split(r"([0-9]+)", key[1])
-    return KINDS.index(key[0]), [(int(p) if p.isdecimal() else -1, p) for p in parts]
+    """By kind, then by name."""
+    return KINDS.index(key[0]), _natural(key[1])
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Layer 10 comes behind layer 9."""
+    return [(int(p) if p.isdecimal() else -1, p) for p in re.split(r"([0-9]+)", name)]
 
 
 def _facts(version: dict[str, Any]) -> dict[tuple[str, str], Any]:

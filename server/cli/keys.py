@@ -5,7 +5,8 @@ from typing import Any
 
 import click
 
-from server.keys import BadKeys, Quota, new_key, read_keys, revoke_key
+from server.cli import tables
+from server.keys import BadKeys, Key, Quota, new_key, read_keys, revoke_key
 from server.settings import default_data_dir
 
 
@@ -61,25 +62,37 @@ def new(
     click.echo(f"stored, hashed, in {path}", err=True)
 
 
-@keys.command("list")
+@keys.command()
 @click.pass_obj
-def list_(path: Path) -> None:
-    """Every key, revoked ones too; never a secret."""
+def ls(path: Path) -> None:
+    """List all keys, revoked ones too; never a secret."""
     try:
-        for key in read_keys(path):
-            state = "revoked" if key.revoked_at else "live"
-            scopes, adapters = ",".join(sorted(key.scopes)), ",".join(key.adapters) or "*"
-            quotas = f"{key.requests or '-'} {key.tokens or '-'}"
-            click.echo(f"{key.id} {state} {scopes} {adapters} {quotas} {key.name}")
+        rows = [_row(key) for key in read_keys(path)]
     except BadKeys as error:
         raise click.ClickException(str(error)) from error
+    if not rows:
+        click.echo(f"no keys in {path}")
+        return
+    columns = ("Id", "State", "Scopes", "Adapters", "Requests", "Tokens", "Name")
+    right, fold = ("Requests", "Tokens"), ("Scopes", "Adapters", "Name")
+    tables.console().print(tables.table(columns, rows, right=right, fold=fold))
+
+
+def _row(key: Key) -> tuple[object, ...]:
+    state = "revoked" if key.revoked_at else "live"
+    scopes, adapters = ",".join(sorted(key.scopes)), ",".join(key.adapters) or "*"
+    return key.id, state, scopes, adapters, key.requests or "-", key.tokens or "-", key.name
+
+
+# Its first name, which scripts may have.
+keys.add_command(click.Command("list", callback=ls.callback, help=ls.help, hidden=True))
 
 
 @keys.command()
 @click.argument("identity", metavar="ID")
 @click.pass_obj
 def revoke(path: Path, identity: str) -> None:
-    """Revoke a key by its id, as `keys list` shows it."""
+    """Revoke a key by its id, as `keys ls` shows it."""
     try:
         revoke_key(path, identity)
     except BadKeys as error:

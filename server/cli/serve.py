@@ -8,9 +8,10 @@ import socket
 import sys
 import threading
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import click
 import uvicorn
@@ -23,10 +24,13 @@ from server import __version__
 from server.app import create_app
 from server.connection import BoundedReads
 from server.keys import BadKeys, KeyRing
-from server.logs import configure_logs
+from server.logs import announce, configure_logs
 from server.settings import BYTES, BadSettings, Settings, load_settings
 from server.state import ServerState
 
+log = logging.getLogger("trunkline.serve")
+
+MAX_NAMES = 8  # of adapters, told at the start
 ENGINE_LOST = 70  # exit status: the engine died or is stuck; start the server again
 YOUNG_OBJECTS = 10_000  # before they are looked through for cycles
 START_FAULTS = (BadSettings, BadKeys, BackboneError, Int8Unavailable, TrunklineError)
@@ -63,11 +67,15 @@ def _serve(backbone: Path | None, config: Path | None, **flags: Any) -> None:
     given = {name: value for name, value in flags.items() if value is not None}
     try:
         settings = load_settings(given | ({"backbone": backbone} if backbone else {}), config)
-        configure_logs(settings.log_level, settings.log_format)
+    except BadSettings as error:
+        raise click.ClickException(str(error)) from error
+    configure_logs(settings.log_level, settings.log_format)
+    try:
         app = create_app(settings)
         _refuse_open_door(settings, app.state.keys)
+        listener = _listen(settings)
     except START_FAULTS as error:
-        raise click.ClickException(str(error)) from error
+        raise Refused(str(error), settings.log_format) from error
     server = DrainingServer(
         uvicorn.Config(
             app,
@@ -83,7 +91,6 @@ def _serve(backbone: Path | None, config: Path | None, **flags: Any) -> None:
         ),
         app.state.server,
     )
-    listener = _listen(settings)
     _announce(app, settings, listener.getsockname()[1])
     # Some 100,000 objects of torch, pydantic and the app live as long as the process: a full
     # collection that walks them all holds every request up for 60 ms, several times a minute.
@@ -95,6 +102,20 @@ def _serve(backbone: Path | None, config: Path | None, **flags: Any) -> None:
     if server.engine_lost:
         logging.shutdown()
         os._exit(ENGINE_LOST)  # a stuck thread can't be joined
+
+
+class Refused(click.ClickException):
+    """The server does not start: a sentence, or a log line where the logs are JSON."""
+
+    def __init__(self, message: str, log_format: str) -> None:
+        super().__init__(message)
+        self.log_format = log_format
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        if self.log_format == "json":
+            log.error(self.format_message())
+        else:
+            super().show(file)
 
 
 def _refuse_open_door(settings: Settings, keys: KeyRing) -> None:
@@ -111,14 +132,15 @@ def _refuse_open_door(settings: Settings, keys: KeyRing) -> None:
 
 
 def _listen(settings: Settings) -> socket.socket:
-    """Raises ClickException, with the address, where it can't be had."""
+    """Raises BadSettings, with the address, where it can't be had."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
         return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
-    except OSError as error:
-        raise click.ClickException(
-            f"can't listen on {settings.host}:{settings.port}: {os.strerror(error.errno or 0)}; "
-            "try another --host or --port"
+    except (OSError, UnicodeError) as error:  # UnicodeError: no host is called so
+        number = error.errno if isinstance(error, OSError) else None
+        why = os.strerror(number) if number and number > 0 else "no address has this name"
+        raise BadSettings(
+            f"can't listen on {settings.host}:{settings.port}: {why}; try another --host or --port"
         ) from error
 
 
@@ -154,13 +176,37 @@ class DrainingServer(uvicorn.Server):
 
 
 def _announce(app: FastAPI, settings: Settings, port: int) -> None:
-    """What is served, where, in which dtype, and a request to try."""
+    """What is served, where and in which dtype: as text, or as a log line where those are JSON."""
     state: ServerState = app.state.server
-    names = [named.name for named in state.library.registry.page(limit=9)]
-    count = state.library.registry.count()
+    names = [named.name for named in state.library.registry.page(limit=MAX_NAMES + 1)]
     url = f"http://{settings.host}:{port}"
+    if settings.log_format == "json":
+        # The address is a word of its own, as in the text: who started the server looks for it.
+        sentence = f"trunkline {__version__} at {url} serves {state.backbone.id}"
+        announce(sentence, {"url": url} | _facts(state, names))
+    else:
+        _print_banner(state, names, url)
+    sys.stdout.flush()
+
+
+def _facts(state: ServerState, names: Sequence[str]) -> dict[str, Any]:
+    return {
+        "version": __version__,
+        "backbone": state.backbone.id,
+        "digest": state.backbone.digest,
+        "dtype": state.dtype,
+        "device": state.device,
+        "operators": state.operators,
+        "adapters": names[:MAX_NAMES],
+        "adapter_count": state.library.registry.count(),
+    }
+
+
+def _print_banner(state: ServerState, names: Sequence[str], url: str) -> None:
+    """With a request to try."""
+    count = state.library.registry.count()
     adapter = f'"adapter": "{names[0]}", ' if names else ""
-    shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    shown = ", ".join(names[:MAX_NAMES]) + (", ..." if len(names) > MAX_NAMES else "")
     click.echo(
         f"trunkline {__version__}: {state.backbone.id}, {state.dtype} on {state.device} "
         f"({state.operators} operators), at {url}"
@@ -170,7 +216,6 @@ def _announce(app: FastAPI, settings: Settings, port: int) -> None:
         f"try: curl -s {url}/critic -H 'content-type: application/json' \\\n"
         f'       -d \'{{{adapter}"inputs": "To be, or not to be"}}\''
     )
-    sys.stdout.flush()
 
 
 serve = click.Command(

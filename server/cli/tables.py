@@ -207,22 +207,53 @@ def _shortened(entry: tuple[str, Any]) -> tuple[str, Any]:
 
 
 def differences(body: dict[str, Any]) -> RenderableType:
-    """What `diff` found; a difference that layers share is one row."""
+    """What `diff` found, in places and then in numbers."""
     a, b = (f"{side['name']}@{side['version']}" for side in (body["a"], body["b"]))
     if body["a"]["digest"] == body["b"]["digest"]:
         return plain(f"{a} and {b} are the same file, {digest(body['a']['digest'])}")
-    if not body["differences"]:
-        return plain(f"{a} and {b} change the same places; their weights differ")
+    apart = [place for place in body["weights"] if place["difference"] != 0]
+    parts: list[RenderableType] = [_facts(body["differences"], a, b)] if body["differences"] else []
+    if apart:
+        parts.append(
+            Group(
+                "Frobenius norms of what each changes, and of the difference", _norms(apart, a, b)
+            )
+        )
+    same = len(body["weights"]) - len(apart)
+    if same:
+        parts.append(f"{count(same, 'place')} changed alike, to the last bit")
+    return Group(*[line for part in parts for line in (part, "")][:-1])
+
+
+def _facts(found: Sequence[dict[str, Any]], a: str, b: str) -> Table:
+    """A difference that layers share is one row."""
     alike: dict[tuple[str, ...], list[int]] = {}
-    for found in body["differences"]:
-        head, layer, tail = _split_layer(found["key"])
-        key = (found["kind"], head, tail, _value(found["a"]), _value(found["b"]))
+    for each in found:
+        head, layer, tail = _split_layer(each["key"])
+        key = (each["kind"], head, tail, _value(each["a"]), _value(each["b"]))
         alike.setdefault(key, []).extend(layer)
     rows = [
         (kind, f"{head}{spans(layers)}{tail}", value_a, value_b)
         for (kind, head, tail, value_a, value_b), layers in alike.items()
     ]
     return table(("What", "Where", a, b), rows, fold=(a,))
+
+
+def _norms(places: Sequence[dict[str, Any]], a: str, b: str) -> Table:
+    """`Relative` is to the larger one of both."""
+    rows = [
+        (place["key"], *(_number(place[part]) for part in ("a", "b", "difference", "relative")))
+        for place in places
+    ]
+    columns = ("Where", a, b, "Difference", "Relative")
+    return table(columns, rows, right=columns[1:], fold=(a, b))
+
+
+def _number(value: float | None) -> str:
+    """Four digits, with their zeros; a plain 0 is exact."""
+    if value is None:
+        return "-"
+    return f"{value:#.4g}" if value else "0"
 
 
 def _split_layer(key: str) -> tuple[str, list[int], str]:

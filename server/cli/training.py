@@ -58,7 +58,7 @@ def run_training(
     run: Path,
     identity: dict[str, Any],
 ) -> float:
-    """Train with a bar, and return the loss at the end."""
+    """Train with a bar, or say that there is nothing to do; returns the loss at the end."""
     settings = Settings(
         epochs=options["epochs"],
         batch_tokens=options["batch_tokens"],
@@ -69,7 +69,14 @@ def run_training(
         bf16=not options["float32"],
     )
     with training_bar() as bar:
-        return train(objective, examples, settings, run, identity, bar.update)
+        outcome = train(objective, examples, settings, run, identity, bar.update)
+    if not outcome.done:
+        click.echo(
+            f"{run} is finished, at step {outcome.step}: nothing is trained. "
+            "More --epochs go on from there, another --run begins anew.",
+            err=True,
+        )
+    return outcome.loss
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from pydantic import BaseModel
 
 from adapters.names import ALIAS_PATTERN, NAME_PATTERN
 from server.errors import STATUS
+from server.schemas import REFERENCE_PATTERN
 
 HEAD = ("malformed_request", "receive_timeout", "headers_too_large")  # of every route
 GUARD = ("unauthorized", "forbidden", "quota_exceeded")  # of every route, once there are keys
@@ -118,3 +119,19 @@ def octet_body() -> dict[str, Any]:
     """The same for a body of bytes."""
     content = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
     return {"requestBody": {"required": True, "content": content}}
+
+
+def references(**descriptions: str) -> dict[str, Any]:
+    """The same for adapter references that must stand in the query, by their names."""
+    return {
+        "parameters": [
+            {
+                "name": name,
+                "in": "query",
+                "required": True,
+                "description": description,
+                "schema": {"type": "string", "pattern": REFERENCE_PATTERN},
+            }
+            for name, description in descriptions.items()
+        ]
+    }

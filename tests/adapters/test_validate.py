@@ -8,7 +8,7 @@ from bad_files import QKV, SET_FAULTS, WIDTH, A, B, set_bytes, set_faults
 from conftest import TINY
 
 from adapters.errors import Invalid
-from adapters.format import parse_adapter
+from adapters.format import parse_adapter, parse_header
 from adapters.validate import MAX_LABELS, Manifest, validate
 from model.config import GPTConfig
 
@@ -38,10 +38,34 @@ def test_a_set_the_backbone_cannot_apply_is_refused_with_its_reason(fault: str) 
     assert reason_of(file) == reason
 
 
-def test_a_name_of_any_length_makes_a_short_sentence() -> None:
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("\N{PILE OF POO}" * 50_000, None),
+        ("zzzz<script>\x1b[31m", None),
+        (f"_orig_mod.{A}", A),
+        (A.replace(".A.", ".lora_A."), A),
+        ("transformer.ln_f.weights", "transformer.ln_f.weight"),
+        ("classifier.weights", "classifier.weight"),
+    ],
+)
+def test_an_unknown_tensor_is_told_by_its_place_and_the_nearest_name_never_by_its_own(
+    name: str, nearest: str | None
+) -> None:
+    file = bytearray(set_bytes(DIGEST, {name: torch.ones(1)}))
     with pytest.raises(Invalid) as caught:
-        manifest_of(set_bytes(DIGEST, {"\N{PILE OF POO}" * 5000: torch.ones(1)}))
-    assert len(caught.value.message) < 2000
+        validate(parse_adapter(file), TINY, DIGEST, torch.float32)
+    place = list(parse_header(file).tensors).index(name) + 1
+    assert caught.value.details == {"reason": "unknown_tensor", "tensor": place}
+    assert caught.value.message.startswith(f"tensor {place} of the header has a name ")
+    assert name not in caught.value.message
+    assert caught.value.message.isascii()
+    assert caught.value.message.isprintable()
+    assert len(caught.value.message) < 200
+    if nearest is None:
+        assert "nearest" not in caught.value.message
+    else:
+        assert caught.value.message.endswith(f"the nearest known is {nearest}")
 
 
 def test_a_whole_set_is_told_as_what_it_changes() -> None:

@@ -176,6 +176,27 @@ def test_killed_run_goes_on_to_the_same_loss_and_the_same_trunk(
     assert read_backbone(out).digest == read_backbone(trunk).digest
 
 
+@pytest.mark.parametrize("epochs", [1, 0.5])
+def test_finished_run_says_so_and_writes_the_same_again(
+    epochs: float, corpus: Path, tmp_path: Path
+) -> None:
+    out, run = tmp_path / "trunk", tmp_path / "trunk.run"
+    arguments = ("trunk", corpus, "--out", out, *SHAPE, *QUICK)
+    first = trunkline(*arguments, "--epochs", "1")
+    assert "step " in first.stderr
+    steps, digest = len(losses(run)), read_backbone(out).digest
+    again = trunkline(*arguments, "--epochs", str(epochs))
+    assert again.exit_code == 0
+    sentence = f"{run} is finished, at step {steps}: nothing is trained. "
+    assert again.stderr == f"{sentence}More --epochs go on from there, another --run begins anew.\n"
+    assert again.stdout == first.stdout
+    assert len(losses(run)) == steps
+    assert read_backbone(out).digest == digest
+    more = trunkline(*arguments, "--epochs", "2")
+    assert f"step {len(losses(run))}/{len(losses(run))}" in more.stderr
+    assert len(losses(run)) > steps
+
+
 def test_run_folder_of_other_settings_is_refused(corpus: Path, trunk: Path, tmp_path: Path) -> None:
     run = trunk.with_name("trunk.run")
     other = [*QUICK, "--epochs", "20", "--seed", "7", "--run", run]

@@ -440,3 +440,46 @@ def test_a_draining_server_tells_kept_connections_to_close(
 
 def test_a_stopped_server_exits_with_0(tiny_backbone: Path, serve: Serve) -> None:
     assert serve(tiny_backbone, "--drain-window-s", "0.2").stop() == 0
+
+
+# The difference of two.
+
+
+def test_a_difference_is_of_the_versions_it_names_and_changes_nothing(adapters: Adapters) -> None:
+    for seed in (31, 32):
+        assert adapters.put("apart", adapters.file(seed)).status_code == 201
+    first, second = (version["digest"] for version in adapters.versions("apart"))
+    with adapters.unchanged():
+        query = {"a": f"apart@{first[:19]}", "b": "apart"}
+        answer = adapters.client.get("/diff", params=query).json()
+    assert (answer["a"]["version"], answer["a"]["digest"]) == (1, first)
+    assert (answer["b"]["version"], answer["b"]["digest"]) == (2, second)
+    assert len(answer["weights"]) == 8
+    assert all(place["difference"] > 0 for place in answer["weights"])
+
+
+@pytest.mark.parametrize(
+    ("query", "status", "code"),
+    [
+        ({"a": "plain"}, 422, "validation_error"),
+        ({"a": "", "b": "plain"}, 422, "validation_error"),
+        ({"a": "plain", "b": "../plain"}, 422, "validation_error"),
+        ({"a": "base", "b": "plain"}, 422, "validation_error"),
+        ({"a": "plain", "b": "nothing"}, 404, "adapter_not_found"),
+        ({"a": "plain@9", "b": "plain"}, 404, "version_not_found"),
+    ],
+)
+def test_a_difference_of_what_is_not_there_is_refused(
+    adapters: Adapters, query: dict[str, str], status: int, code: str
+) -> None:
+    with adapters.unchanged():
+        assert_refused(adapters.client.get("/diff", params=query), status, code)
+
+
+def test_a_difference_with_a_damaged_file_is_refused(adapters: Adapters) -> None:
+    adapters.put("rotten", adapters.file(33))
+    digest = adapters.versions("rotten")[0]["digest"].removeprefix("sha256:")
+    adapters.blobs.joinpath(digest).write_bytes(b"something else")
+    answer = adapters.client.get("/diff", params={"a": "plain", "b": "rotten"})
+    assert_refused(answer, 404, "adapter_damaged")
+    adapters.client.delete("/adapters/rotten")

@@ -13,7 +13,7 @@ import torch
 from cli_shell import Shell
 from conftest import TINY, Serve, Served, random_adapter, save_random_adapter
 
-from adapters.format import read_adapter, write_adapter
+from adapters.format import adapter_bytes, read_adapter, write_adapter
 from model.checkpoint import read_backbone
 
 
@@ -230,9 +230,46 @@ def test_diff_names_what_differs(shell: Shell, poems: str) -> None:
     assert shell.answer("diff", f"{poems}@1", f"{poems}@{digest[:19]}")["b"] == answer["b"]
 
 
-def test_diff_of_the_same_file_and_of_other_weights(shell: Shell, poems: str) -> None:
+def test_diff_tells_the_norms_of_what_each_changes_and_of_the_difference(
+    shell: Shell, files: Path, poems: str
+) -> None:
+    """Held against the updates in full, of the two files."""
+    answer = shell.answer("diff", f"{poems}@1", poems)
+    one, three = (read_adapter(files / f"{name}.safetensors") for name in ("one", "three"))
+    keys = [place["key"] for place in answer["weights"]]
+    assert keys == ["transformer.h.0.attn.lora_qkv", "transformer.h.1.mlp.lora_fc"]
+    shown = shell.shown("diff", f"{poems}@1", poems)
+    for place in answer["weights"]:
+        a, b = (
+            each.scaling(len(each.tensors[f"{place['key']}.A.weight"]))
+            * (each.tensors[f"{place['key']}.B.weight"] @ each.tensors[f"{place['key']}.A.weight"])
+            for each in (one, three)
+        )
+        norms = [float(torch.linalg.matrix_norm(x)) for x in (a, b, a - b)]
+        found = [place[name] for name in ("a", "b", "difference", "relative")]
+        assert found == pytest.approx([*norms, norms[2] / max(norms[:2])], rel=1e-4)
+        cells = " +".join(re.escape(f"{number:#.4g}") for number in found)
+        assert re.search(rf"^{re.escape(place['key'])} +{cells}$", shown, re.MULTILINE)
+
+
+def test_diff_counts_the_places_that_are_alike(
+    shell: Shell, files: Path, poems: str, tmp_path: Path
+) -> None:
+    two = read_adapter(files / "two.safetensors")
+    head = {"critic_head.weight": two.tensors["critic_head.weight"] * 2}
+    (tmp_path / "four.safetensors").write_bytes(
+        adapter_bytes(two.tensors | head, two.metadata | {"description": "louder"})
+    )
+    shell.shown("push", tmp_path / "four.safetensors", poems)
+    shown = shell.shown("diff", f"{poems}@2", f"{poems}@4")
+    assert re.search(r"metadata +description +- +louder", shown)
+    assert re.search(r"^critic_head +[0-9.]+ +[0-9.]+ +[0-9.]+ +[0-9.]+$", shown, re.MULTILINE)
+    assert shown.count("transformer.") == 0
+    assert "11 places changed alike, to the last bit" in shown
+
+
+def test_diff_of_the_same_file_and_of_what_is_not_there(shell: Shell, poems: str) -> None:
     assert "are the same file" in shell.shown("diff", poems, f"{poems}@3")
-    assert "their weights differ" in shell.shown("diff", poems, f"{poems}@1")
     assert "(version_not_found)" in shell.error("diff", poems, f"{poems}@stable")
     assert "(adapter_not_found)" in shell.error("diff", "nothing", poems)
 

@@ -166,6 +166,17 @@ def test_a_row_without_masks_has_no_logits(client: httpx.Client) -> None:
     assert rows_of(client, inputs="abc", outputs=["logits"])[0]["logits"] == []
 
 
+def test_the_document_says_which_inputs_have_logits(client: httpx.Client) -> None:
+    body = client.get("/openapi.json").json()["paths"]["/encode"]["post"]["requestBody"]
+    outputs = body["content"]["application/json"]["schema"]["properties"]["outputs"]
+    assert "at every [MASK]" in outputs["description"]
+    assert "an input without one has an empty list" in outputs["description"]
+    assert all(f"{name}: " in outputs["description"] for name in outputs["items"]["enum"])
+    mask = client.get("/info").json()["config"]["mask_token_id"]
+    (row,) = rows_of(client, inputs=[20, mask, 21], outputs=["logits"])
+    assert [entry["position"] for entry in row["logits"]] == [1]
+
+
 def test_top_k_beyond_the_vocabulary_is_all_of_it(client: httpx.Client) -> None:
     (row,) = rows_of(client, inputs="[MASK]", outputs=["logits"], top_k=1000)
     assert len(row["logits"][0]["top"]) == TINY.vocab_size

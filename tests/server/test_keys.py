@@ -73,7 +73,9 @@ def test_a_scope_allows_its_routes_only_and_unknown_paths_are_an_admin_s(
         assert client.get("/metrics", headers=metrics).status_code == 200
         assert code(client.get("/debug/engine", headers=infer)) == (403, "forbidden")
         assert client.get("/debug/engine", headers=admin).json()["leases"] == 0
-        assert code(client.get("/adapters", headers=metrics)) == (403, "forbidden")
+        for path in ("/adapters", "/diff?a=plain&b=full"):
+            assert client.get(path, headers=infer).status_code == 200
+            assert code(client.get(path, headers=metrics)) == (403, "forbidden")
         assert client.get("/no/such/path", headers=admin).status_code == 404
         assert code(client.post("/encode", json=BODY, headers=admin)) == (403, "forbidden")
 
@@ -98,6 +100,10 @@ def test_a_key_uses_the_adapters_of_its_patterns_only(
         for method, path in (("GET", "full"), ("POST", "full/pin"), ("DELETE", "full")):
             answer = client.request(method, f"/adapters/{path}", headers=own)
             assert code(answer) == (403, "forbidden")
+        for pair in ({"a": "plain", "b": "full@1"}, {"a": "full", "b": "plain"}):
+            assert code(client.get("/diff", params=pair, headers=own)) == (403, "forbidden")
+        pair = {"a": "plain", "b": "plain@1"}
+        assert client.get("/diff", params=pair, headers=own).status_code == 200
         for lora in ("load", "unload"):
             body = {"lora_name": "full"} | ({"lora_path": "x"} if lora == "load" else {})
             answer = client.post(f"/v1/{lora}_lora_adapter", json=body, headers=own)
@@ -258,11 +264,33 @@ def test_the_file_has_no_secret_and_is_its_owner_s_alone(file: Path) -> None:
         revoke_key(file, key.id)
 
 
-def test_list_shows_no_hash_and_a_broken_file_is_a_sentence(file: Path) -> None:
-    make(file, "--name", "ci", "--quota", "100/s", "--adapters", "acme/*")
-    listed = CliRunner().invoke(main, ["keys", "--file", str(file), "list"]).output
-    assert "live infer acme/* 100/s - ci" in listed
-    assert read_keys(file)[0].sha256 not in listed
+def listed(file: Path, command: str = "ls") -> str:
+    words = ["keys", "--file", str(file), command]
+    done = CliRunner().invoke(main, words, env={"COLUMNS": "100"})
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def test_ls_shows_every_key_under_a_header_and_no_hash(file: Path) -> None:
+    assert listed(file) == f"no keys in {file}\n"
+    make(file, "--name", "ci \x1b[31m[red]", "--quota", "100/s", "--adapters", "acme/*")
+    make(file, "--name", "ops", "--scope", "admin", "--scope", "metrics")
+    live, revoked = read_keys(file)
+    revoke_key(file, revoked.id)
+    header, _, first, second = listed(file).splitlines()
+    assert header.split() == ["Id", "State", "Scopes", "Adapters", "Requests", "Tokens", "Name"]
+    assert first.split() == [live.id, "live", "infer", "acme/*", "100/s", "-", "ci", "�[31m[red]"]
+    assert second.split() == [revoked.id, "revoked", "admin,metrics", "*", "-", "-", "ops"]
+    assert first.index("acme/*") == second.index("*") == header.index("Adapters")
+    assert live.sha256 not in listed(file)
+
+
+def test_list_is_another_name_of_ls(file: Path) -> None:
+    make(file)
+    assert listed(file, "list") == listed(file, "ls")
+
+
+def test_a_broken_file_is_a_sentence(file: Path) -> None:
     file.write_text(json.dumps([{"id": 1}]))
     with pytest.raises(BadKeys, match="not a list of keys"):
         KeyRing(file)

@@ -2,6 +2,9 @@
 
 import json
 import random
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -85,6 +88,43 @@ def test_log_lines_are_json_with_the_request_id_of_the_answer(
     assert (first["rows"], first["tokens"], first["adapters"]) == (1, 3, ["plain"])
     assert first["forward_ms"] <= first["total_ms"]
     assert (second["request_id"], second["status"]) == ("mine-1", 404)
+
+
+@pytest.mark.parametrize("level", ["info", "warning"])
+def test_every_line_of_a_server_that_logs_json_is_json_from_its_start_to_its_end(
+    level: str, tiny_backbone: Path, serve: Serve
+) -> None:
+    arguments = ("--dtype", "float32", "--log-format", "json", "--log-level", level)
+    served = serve(tiny_backbone, *arguments)  # standard output and error in one file
+    with served.client() as client:
+        client.post("/encode", json={"adapter": "plain", "inputs": [IDS]})
+        info = client.get("/info").json()
+    assert served.stop() == 0
+    first, *others = map(json.loads, served.log.read_text("utf-8").splitlines())
+    assert bool(others) == (level == "info")
+    assert first["url"] == served.url
+    assert served.url in first["message"].split()
+    assert (first["level"], first["backbone"]) == ("info", "tiny")
+    assert (first["adapters"], first["adapter_count"]) == (["classes", "full", "plain"], 3)
+    told = ("version", "dtype", "device", "operators")
+    assert [first[name] for name in told] == [info[name] for name in told]
+    assert first["digest"] == info["backbone"]["digest"]
+
+
+@pytest.mark.parametrize("fault", ["folder", "port"])
+def test_why_a_server_that_logs_json_does_not_start_is_a_json_line(
+    fault: str, tiny_backbone: Path, tmp_path: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1] if fault == "port" else 0)
+        folder = tmp_path if fault == "folder" else tiny_backbone
+        command = [sys.executable, "-m", "server.cli", "serve", str(folder), "--port", port]
+        command += ["--log-format", "json", "--data", str(tmp_path / "data")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = map(json.loads, done.stderr.splitlines())
+    assert line["level"] == "error"
+    assert ("can't listen on" if fault == "port" else "config.json") in line["message"]
 
 
 class Collector(BaseHTTPRequestHandler):

@@ -1,15 +1,18 @@
 """One settings object: flags over the environment over the file over the defaults."""
 
+import re
 from pathlib import Path
 
 import click
 import pytest
 from click.testing import CliRunner
+from conftest import Serve
 from pydantic import ValidationError
 
+from server.app import DEMO_ADAPTERS, DEMO_BACKBONE
 from server.cli import main
 from server.cli.serve import serve
-from server.settings import BadSettings, Settings, load_settings
+from server.settings import BadSettings, Settings, load_settings, wanted
 
 
 @pytest.fixture(autouse=True)
@@ -68,12 +71,25 @@ def test_other_programs_variables_are_none_of_ours(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("prot = 1\n", "setting prot: "),
-        ("port = 70000\n", "setting port: .*65535"),
-        ('port = "many"\n', "setting port: "),
-        ('dtype = "int4"\n', "setting dtype: .*'auto', 'float32', 'bfloat16' or 'int8'"),
-        ("receive_timeout_s = 0\n", "setting receive_timeout_s: "),
-        ("receive_timeout_s = nan\n", "setting receive_timeout_s: "),
+        ("prot = 1\n", "setting prot: no setting has this name, the nearest is port "),
+        ("max-inputs = 1\n", "setting max-inputs: .* the nearest is max_inputs "),
+        ("xyzzy = 1\n", "setting xyzzy: .* `trunkline serve --help` lists them all "),
+        ('"a\\nb" = 1\n', r"setting a\?b: no setting has this name"),
+        ("port = 70000\n", "setting port: it must be a whole number from 0 to 65535, not 70000 "),
+        ('port = "many"\n', 'setting port: .*, not "many" '),
+        ("port = {a = 1}\n", 'setting port: .*, not {"a": 1} '),
+        ('dtype = "int4"\n', "setting dtype: .* one of auto, float32, bfloat16, int8, not "),
+        ('device = "gpu"\n', "setting device: it must be auto, cpu, cuda or cuda:N, not "),
+        ('adapter_memory = "2GB"\n', "setting adapter_memory: .*2GiB, .*65536 or more, not "),
+        ("backbone = 3\n", "setting backbone: it must be a path, not 3 "),
+        ("insecure = 3\n", "setting insecure: it must be true or false, not 3 "),
+        (
+            "receive_timeout_s = 0\n",
+            "setting receive_timeout_s: it must be a number above 0, not 0 ",
+        ),
+        ("receive_timeout_s = nan\n", "setting receive_timeout_s: .*, not NaN "),
+        ('[fair_shares]\na = "x"\n', "setting fair_shares: .* numbers by adapter name"),
+        (f'host = ["{"x" * 9999}"]\n', "setting host: it must be a text, not .*xxx... "),
         ("port = \n", r"settings file .*bad\.toml: "),
         ("port = 1\nport = 2\n", r"settings file .*bad\.toml: "),
     ],
@@ -83,7 +99,16 @@ def test_a_bad_file_fails_with_a_sentence(tmp_path: Path, text: str, sentence: s
     path.write_text(text)
     with pytest.raises(BadSettings, match=sentence) as refused:
         load_settings({}, path)
-    assert "\n" not in str(refused.value)
+    said = str(refused.value)
+    assert "\n" not in said
+    assert len(said) < 400
+    assert str(path) in said  # where the setting is from
+    assert not re.search("Input should|Extra inputs|Value error", said)  # pydantic's words
+
+
+@pytest.mark.parametrize("name", Settings.model_fields)
+def test_what_every_setting_takes_can_be_said(name: str) -> None:
+    assert wanted(name)
 
 
 def test_a_missing_file_fails_with_a_sentence(tmp_path: Path) -> None:
@@ -93,7 +118,7 @@ def test_a_missing_file_fails_with_a_sentence(tmp_path: Path) -> None:
 
 def test_an_unknown_variable_fails_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRUNKLINE_PROT", "1")
-    with pytest.raises(BadSettings, match="setting prot: "):
+    with pytest.raises(BadSettings, match=r"setting prot: .* port \(from TRUNKLINE_PROT\)"):
         load_settings({})
 
 
@@ -128,7 +153,16 @@ def test_the_command_line_shows_every_setting_with_its_help() -> None:
     [
         (["--prot", "1"], {}, "--prot"),
         (["--port", "many"], {}, "'many' is not a valid integer"),
-        (["--port", "70000"], {}, "setting port"),
+        (
+            ["--port", "70000"],
+            {},
+            "setting port: it must be a whole number from 0 to 65535, not 70",
+        ),
+        (["--max-queue-s", "-1"], {}, "(from --max-queue-s)"),
+        (["--device", "gpu"], {}, "setting device: it must be auto, cpu, cuda or cuda:N"),
+        (["--device", "cuda:99"], {}, "setting device: cuda:99 is not there"),
+        (["--adapters", "nowhere"], {}, "setting adapters: nowhere is not a folder"),
+        (["--host", "no..where", "--insecure"], {}, "can't listen on no..where:8000: no address"),
         (["--dtype", "int4"], {}, "'int4' is not one of"),
         ([], {"TRUNKLINE_PROT": "1"}, "setting prot"),
         (["--config", "nowhere.toml"], {}, "nowhere.toml"),
@@ -174,3 +208,10 @@ def test_int8_where_it_cannot_be_ends_the_command_with_a_sentence(
     assert result.exit_code == 1
     assert "int8 needs the compiled operators" in result.output
     assert "Traceback" not in result.output
+
+
+def test_the_demo_named_by_its_folder_has_its_adapters_too(serve: Serve) -> None:
+    with serve(DEMO_BACKBONE).client() as client:
+        names = [row["name"] for row in client.get("/adapters").json()["data"]]
+    assert names == sorted(path.stem for path in DEMO_ADAPTERS.glob("*.safetensors"))
+    assert len(names) == 5

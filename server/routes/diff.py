@@ -1,0 +1,86 @@
+"""GET /diff: how far apart two adapters are, in numbers."""
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+from torch import Tensor
+
+from adapters.difference import Distance, distances
+from adapters.errors import Damaged
+from adapters.format import AdapterSet
+from adapters.library import Library
+from adapters.versions import Version
+from model.checkpoint import Backbone
+from server.answers import JSONAnswer, adapter_entry
+from server.engine.errors import BadInput
+from server.guard import check_adapter
+from server.routes.adapters import NAMED
+from server.routes.documented import READ, errors, references
+from server.state import state_of
+
+# One: it reads files and computes, and those who ask for answers are not to wait for it.
+_WORKER = ThreadPoolExecutor(1, "diff")
+
+router = APIRouter(tags=["adapters"])
+
+
+@router.get(
+    "/diff",
+    responses=errors(*READ, *NAMED),
+    openapi_extra=references(a="An adapter reference.", b="Another one."),
+)
+async def diff(request: Request) -> Response:
+    """Where two adapters' weights differ, and how much: Frobenius norms at every place of the model
+    that one of them changes, of what `a` changes, of what `b` changes, and of the `difference`.
+    """
+    a, b = _reference(request, "a"), _reference(request, "b")
+    state = state_of(request)
+    loop = asyncio.get_running_loop()
+    answer = await loop.run_in_executor(_WORKER, _diff, state.library, state.backbone, a, b)
+    return JSONAnswer(answer)
+
+
+def _reference(request: Request, name: str) -> str:
+    reference = request.query_params.get(name)
+    if reference is None:
+        raise BadInput(f"{name} must be an adapter reference")
+    check_adapter(request, reference)
+    return reference
+
+
+def _diff(library: Library, backbone: Backbone, a: str, b: str) -> dict[str, Any]:
+    (first, set_a), (second, set_b) = _read(library, a), _read(library, b)
+    weights = [_entry(found) for found in distances(set_a, set_b, _own(backbone))]
+    return {"a": adapter_entry(first), "b": adapter_entry(second), "weights": weights}
+
+
+def _read(library: Library, reference: str) -> tuple[Version, AdapterSet]:
+    version = library.registry.resolve(reference)
+    try:
+        return version, library.store.read(version.digest)
+    except Damaged:
+        library.registry.resolve(reference)  # says so where it was deleted meanwhile
+        raise
+
+
+def _own(backbone: Backbone) -> dict[str, Tensor]:
+    """The backbone's own tensors, by the names of what an adapter puts in their place."""
+    table = backbone.calibration
+    return {**backbone.tensors} | ({} if table is None else {"calibration": table})
+
+
+def _entry(found: Distance) -> dict[str, Any]:
+    """`relative` is to the larger one of both: 1 where only one changes the place."""
+    larger = max(found.a, found.b)
+    relative = None if found.between is None or larger == 0 else found.between / larger
+    return {
+        "key": found.key,
+        "a": found.a,
+        "b": found.b,
+        "difference": found.between,
+        "relative": relative,
+    }
