@@ -15,64 +15,26 @@ from torch.nn import functional as F
 
 from model.config import MAIN_MATRICES, GPTConfig
 from model.kernels import HEAD_DIMS, CompiledOperators
+from model.linear import AnyLinear
 from model.lora import LoraBatch
 from model.operators import Operators, PartOperators, TorchOperators
 from model.packed import PackedBatch
-from model.parts import Part, parts_of
+from model.parts import PART_TOKENS, Part, parts_of
 from model.quantized import Int8Unavailable, Linear8
 
 FINAL = 0  # key of the state after ln_f; the state after block l has the key l, from 1
 
-# Sequences don't see each other and all layers use the same matrices, so a part of this many
-# tokens goes through every layer before the next starts: its activations stay in cache.
-PART_TOKENS = 768
 # Two parts of fewer tokens, or of less work, would cost more in small calls and in handing them
 # over than a second core gives.
 LEAST_PART_TOKENS, LEAST_PART_FLOPS = 128, 5e7
 
 
-class Linear:
-    """x W^T + b: weight (out, in), and a packed copy of it where that is faster."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.weight, self.bias = weight, bias
-        self.packed = _packed(weight)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.packed is None:
-            return F.linear(x, self.weight, self.bias)
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-        return y
-
-    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        """residual += x W^T + b, in place; rounded once where the kernel can."""
-        if self.packed is None:
-            return residual.add_(self(x))
-        y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(
-            x, residual, self.packed, self.bias, "add"
-        )
-        return y
-
-
-def _packed(weight: Tensor) -> Tensor | None:
-    """The weight in oneDNN's blocked layout where bfloat16 is native to a CPU, else None.
-
-    The operators are torch.compile's own for frozen linears.
-    """
-    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
-        return None
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return None
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, PART_TOKENS)
-    return packed
-
-
 @dataclass(frozen=True)
 class BlockWeights:
-    attn_c_attn: Linear | Linear8
-    attn_c_proj: Linear | Linear8
-    mlp_c_fc: Linear | Linear8
-    mlp_c_proj: Linear | Linear8
+    attn_c_attn: AnyLinear
+    attn_c_proj: AnyLinear
+    mlp_c_fc: AnyLinear
+    mlp_c_proj: AnyLinear
     ln_1: tuple[Tensor, Tensor | None]
     ln_2: tuple[Tensor, Tensor | None]
 
@@ -109,7 +71,7 @@ class Encoder:
         self.operators: Operators = operators or TorchOperators(config, dtype, self.device)
         self.int8 = int8
         self._placed: dict[str, Tensor] = {}
-        self._linears: dict[str, Linear | Linear8] = {}
+        self._linears: dict[str, AnyLinear] = {}
         self.threads = torch.get_num_threads() if self.device.type == "cpu" else 1
         flops = 24.0 * config.n_embd**2 * config.n_layer  # of a token, in the four matrices
         self.least_part = max(LEAST_PART_TOKENS, math.ceil(LEAST_PART_FLOPS / flops))  # tokens
@@ -132,10 +94,12 @@ class Encoder:
         bias = self._place(tensors, f"{name}.bias") if self.config.bias else None
         return self._place(tensors, f"{name}.weight"), bias
 
-    def _linear(self, tensors: Mapping[str, Tensor], name: str) -> Linear | Linear8:
+    def _linear(self, tensors: Mapping[str, Tensor], name: str) -> AnyLinear:
         if name not in self._linears:
             self._linears[name] = (
-                self._linear8(tensors, name) if self.int8 else Linear(*self._pair(tensors, name))
+                self._linear8(tensors, name)
+                if self.int8
+                else self.operators.linear(*self._pair(tensors, name))
             )
         return self._linears[name]
 
@@ -246,14 +210,14 @@ def _attention(
     layer: int, block: BlockWeights, x: Tensor, normed: Tensor, operators: PartOperators
 ) -> Tensor:
     """x + the attention of `normed`; x may be changed in place."""
-    qkv = operators.add_lora((layer, "attn.lora_qkv"), normed, block.attn_c_attn(normed))  # (N, 3C)
+    qkv = operators.linear(block.attn_c_attn, (layer, "attn.lora_qkv"), normed)  # (N, 3C)
     y = operators.attention(qkv)  # (N, C)
-    return operators.add_lora((layer, "attn.lora_out"), y, block.attn_c_proj.add_to(x, y))
+    return operators.add_linear(x, block.attn_c_proj, (layer, "attn.lora_out"), y)
 
 
 def _mlp(
     layer: int, block: BlockWeights, x: Tensor, normed: Tensor, operators: PartOperators
 ) -> Tensor:
     """x + the MLP of `normed`; x may be changed in place."""
-    h = operators.add_lora_gelu((layer, "mlp.lora_fc"), normed, block.mlp_c_fc(normed))  # (N, 4C)
-    return operators.add_lora((layer, "mlp.lora_proj"), h, block.mlp_c_proj.add_to(x, h))
+    h = operators.linear_gelu(block.mlp_c_fc, (layer, "mlp.lora_fc"), normed)  # (N, 4C)
+    return operators.add_linear(x, block.mlp_c_proj, (layer, "mlp.lora_proj"), h)

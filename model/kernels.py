@@ -1,4 +1,4 @@
-"""The compiled operators of kernels.cpp: bfloat16, on CPUs with AVX-512's arithmetic of it.
+"""The compiled operators of cpu/kernels.cpp: bfloat16, on CPUs with AVX-512's arithmetic of it.
 
 They are built when the package is installed, where there is a C++ compiler; without them, and on
 other devices and in other dtypes, model.operators.TorchOperators does the same.
@@ -16,9 +16,11 @@ from torch import Tensor
 
 from model.config import GPTConfig
 from model.layers import LN_EPS, rotary_table
+from model.linear import AnyLinear, Linear
 from model.lora import LoraBatch, Site
 from model.operators import BF16_ROWS
 from model.packed import PackedBatch
+from model.tiled import SegmentPointers, TiledLinear
 
 LIBRARY = "model._kernels"
 HEAD_DIMS = (32, 64, 128)
@@ -28,12 +30,19 @@ log = logging.getLogger("trunkline.model")
 
 _pointer, _int = ctypes.c_void_p, ctypes.c_int64
 SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "trunkline_permit_tiles": (),
+    "trunkline_lay_panels": (_pointer, _int, _int, _pointer),
+    "trunkline_linear": (
+        *(_pointer, _int, _int, _int, _pointer, _pointer, ctypes.c_int, ctypes.c_int),
+        *(_int, _pointer, _pointer, _pointer, _pointer, _pointer, _pointer),
+    ),
     "trunkline_norm": (
         *(_pointer, _pointer, _int, ctypes.c_float, _int),
         *(_pointer, _pointer, _pointer, _pointer),
     ),
     "trunkline_attention": (
-        *(_pointer, _pointer, _pointer, _pointer, _pointer, _int, _int, _int, _pointer),
+        *(_pointer, _pointer, _pointer, _pointer, _pointer),
+        *(_int, _int, _int, ctypes.c_int, _pointer),
     ),
     "trunkline_lora": (
         *(_pointer, _int, _pointer, _int, _int),
@@ -67,13 +76,25 @@ def library() -> ctypes.CDLL | None:
     return loaded
 
 
+@cache
+def has_tiles() -> bool:
+    """Whether this processor has AMX for bfloat16 and the kernel lets us use it."""
+    compiled = library()
+    able = torch.cpu.get_capabilities().get("amx_bf16")
+    return bool(compiled and able and compiled.trunkline_permit_tiles())
+
+
 class CompiledOperators:
-    """model.operators.Operators by the compiled library, each call on the thread that makes it."""
+    """model.operators.Operators by the compiled library, each call on the thread that makes it.
 
-    name, align, align_adapters = "compiled", BF16_ROWS, False
+    With `tiles` the products are AMX's.
+    """
 
-    def __init__(self, compiled: ctypes.CDLL, config: GPTConfig) -> None:
-        self.compiled = compiled
+    align, align_adapters = BF16_ROWS, False
+
+    def __init__(self, compiled: ctypes.CDLL, config: GPTConfig, tiles: bool) -> None:
+        self.compiled, self.tiles = compiled, tiles
+        self.name = "compiled, AMX" if tiles else "compiled"
         self.heads, self.head_dim = config.n_head, config.head_dim
         cos, sin = rotary_table(config.block_size, config.head_dim)
         half = config.head_dim // 2  # the other half is the same
@@ -81,13 +102,19 @@ class CompiledOperators:
 
     @classmethod
     def where_possible(
-        cls, config: GPTConfig, dtype: torch.dtype, device: torch.device
+        cls, config: GPTConfig, dtype: torch.dtype, device: torch.device, tiles: bool = True
     ) -> "CompiledOperators | None":
         fits = config.head_dim in HEAD_DIMS and config.n_embd % WIDTH == 0
         if device.type != "cpu" or dtype != torch.bfloat16 or not fits:
             return None
         compiled = library()
-        return None if compiled is None else cls(compiled, config)
+        return None if compiled is None else cls(compiled, config, tiles and has_tiles())
+
+    def linear(self, weight: Tensor, bias: Tensor | None) -> Linear | TiledLinear:
+        """The layer that `CompiledPart.linear` runs fastest."""
+        if self.tiles:
+            return TiledLinear.of(self.compiled, weight, bias)
+        return Linear(weight, bias)
 
     def of(self, batch: PackedBatch, lora: LoraBatch) -> "CompiledPart":
         return CompiledPart(self, batch, lora)
@@ -132,33 +159,54 @@ class CompiledPart:
             len(self.row_lengths),
             operators.heads,
             operators.head_dim,
+            operators.tiles,
             _address(out),
         )
         if failed:
             raise MemoryError("no memory for an attention's scratch")
         return out
 
-    def add_lora(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
-        return self._lora(site, x, y, gelu=False)
+    def linear(self, layer: AnyLinear, site: Site, x: Tensor) -> Tensor:
+        if isinstance(layer, TiledLinear):
+            return layer.run(x, self._segments(site))
+        return self.add_lora(site, x, layer(x))
 
-    def add_lora_gelu(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
-        return self._lora(site, x, y, gelu=True)
+    def linear_gelu(self, layer: AnyLinear, site: Site, x: Tensor) -> Tensor:
+        if isinstance(layer, TiledLinear):
+            return layer.run(x, self._segments(site), gelu=True)
+        return self.add_lora(site, x, layer(x), gelu=True)
 
-    def _lora(self, site: Site, x: Tensor, y: Tensor, gelu: bool) -> Tensor:
+    def add_linear(self, residual: Tensor, layer: AnyLinear, site: Site, x: Tensor) -> Tensor:
+        if isinstance(layer, TiledLinear):
+            return layer.run(x, self._segments(site), add_to=residual)
+        return self.add_lora(site, x, layer.add_to(residual, x))
+
+    def _segments(self, site: Site) -> SegmentPointers:
         own = [None if adapter is None else adapter.lora.get(site) for adapter in self.adapters]
-        if not gelu and not any(own):
-            return y
-        failed = self.operators.compiled.trunkline_lora(
-            _address(x),
-            x.shape[1],
-            _address(y),
-            y.shape[1],
-            len(own),
+        return SegmentPointers(
             self.starts,
             self.ends,
             _integers(0 if pair is None else _address(pair[0]) for pair in own),
             _integers(0 if pair is None else _address(pair[1]) for pair in own),
             _integers(0 if pair is None else pair[0].shape[0] for pair in own),
+        )
+
+    def add_lora(self, site: Site, x: Tensor, y: Tensor, gelu: bool = False) -> Tensor:
+        """y + each segment's LoRA of x, in place, then its GELU where asked for."""
+        if not gelu and not any(a is not None and site in a.lora for a in self.adapters):
+            return y
+        segments = self._segments(site)
+        failed = self.operators.compiled.trunkline_lora(
+            _address(x),
+            x.shape[1],
+            _address(y),
+            y.shape[1],
+            len(segments.starts),
+            segments.starts,
+            segments.ends,
+            segments.a,
+            segments.b,
+            segments.ranks,
             gelu,
         )
         if failed:

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from model.config import GPTConfig
 from model.layers import rotary_table
+from model.linear import AnyLinear, Linear
 from model.lora import LoraBatch, Site
 from model.packed import PackedBatch, attention
 
@@ -25,11 +26,14 @@ class PartOperators(Protocol):
     def attention(self, qkv: Tensor) -> Tensor:
         """Attention within each sequence: qkv (N, 3C), not rotated yet -> (N, C)."""
 
-    def add_lora(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
-        """y + the LoRA of x, in place: model.lora.LoraBatch.add_."""
+    def linear(self, layer: AnyLinear, site: Site, x: Tensor) -> Tensor:
+        """The layer and each segment's LoRA (model.lora.LoraBatch.add_) of x (N, in): (N, out)."""
 
-    def add_lora_gelu(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
-        """GELU of the same; y may be changed in place."""
+    def linear_gelu(self, layer: AnyLinear, site: Site, x: Tensor) -> Tensor:
+        """GELU of the same."""
+
+    def add_linear(self, residual: Tensor, layer: AnyLinear, site: Site, x: Tensor) -> Tensor:
+        """residual (N, out) + the same; it may be changed in place."""
 
 
 class Operators(Protocol):
@@ -42,6 +46,9 @@ class Operators(Protocol):
     name: str
     align: int
     align_adapters: bool
+
+    def linear(self, weight: Tensor, bias: Tensor | None) -> AnyLinear:
+        """The layer of a weight (out, in) that the parts' `linear` runs fastest."""
 
     def of(self, batch: PackedBatch, lora: LoraBatch) -> PartOperators:
         """Those for a part's batch and its adapters."""
@@ -58,6 +65,9 @@ class TorchOperators:
         cos, sin = rotary_table(config.block_size, config.head_dim)
         self.cos, self.sin = cos.to(device, dtype), sin.to(device, dtype)
 
+    def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        return Linear(weight, bias)
+
     def of(self, batch: PackedBatch, lora: LoraBatch) -> "TorchPart":
         return TorchPart(self, batch, lora)
 
@@ -65,8 +75,8 @@ class TorchOperators:
 class TorchPart:
     def __init__(self, operators: TorchOperators, batch: PackedBatch, lora: LoraBatch) -> None:
         self.heads, self.head_dim = operators.heads, operators.head_dim
-        self.batch = batch
-        self.norm, self.add_lora = lora.norm, lora.add_
+        self.batch, self.lora = batch, lora
+        self.norm = lora.norm
         self.cos = operators.cos[batch.positions].unsqueeze(1)  # (N, 1, D)
         self.sin = operators.sin[batch.positions].unsqueeze(1)
 
@@ -75,8 +85,16 @@ class TorchPart:
         q, k = rotated(qkv[:, : 2 * self.heads], self.cos, self.sin).chunk(2, dim=1)  # (N, H, D)
         return attention(q, k, qkv[:, 2 * self.heads :], self.batch).flatten(1)
 
-    def add_lora_gelu(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
-        return F.gelu(self.add_lora(site, x, y))
+    def linear(self, layer: AnyLinear, site: Site, x: Tensor) -> Tensor:
+        assert isinstance(layer, Linear)
+        return self.lora.add_(site, x, layer(x))
+
+    def linear_gelu(self, layer: AnyLinear, site: Site, x: Tensor) -> Tensor:
+        return F.gelu(self.linear(layer, site, x))
+
+    def add_linear(self, residual: Tensor, layer: AnyLinear, site: Site, x: Tensor) -> Tensor:
+        assert isinstance(layer, Linear)
+        return self.lora.add_(site, x, layer.add_to(residual, x))
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Linear8: a linear layer whose product is of 8-bit integers, on CPUs with VNNI (kernels.cpp)."""
+"""Linear8: a linear layer whose product is of 8-bit integers, on CPUs with VNNI (cpu/int8.h)."""
 
 import ctypes
 from dataclasses import dataclass

@@ -13,16 +13,21 @@ from model.checkpoint import backbone_tensors
 from model.config import GPTConfig
 from model.encoder import FINAL, Encoder
 from model.gpt import GPT
-from model.kernels import HEAD_DIMS, CompiledOperators, library
+from model.kernels import HEAD_DIMS, CompiledOperators, has_tiles, library
 from model.layers import LN_EPS, rotary_table, rotate
 from model.lora import AdapterWeights, LoraBatch
 from model.operators import TorchOperators
 from model.packed import PackedBatch
+from model.tiled import LEAST_ROWS
 
 ROUNDING = 2.0**-8  # the most that one rounding to bfloat16 moves a value, of it
 SITE = (0, "mlp.lora_fc")
 
 processor_has_it = torch.cpu._is_avx512_bf16_supported()
+with_amx = pytest.mark.skipif(not has_tiles(), reason="this processor has no AMX")
+by = pytest.mark.parametrize(
+    "tiles", [pytest.param(False, id="AVX-512"), pytest.param(True, id="AMX", marks=with_amx)]
+)
 compiled = pytest.mark.skipif(
     library() is None, reason="needs a C++ compiler at install and AVX-512 bfloat16"
 )
@@ -45,9 +50,10 @@ def a_config(head_dim: int = 64, n_head: int = 2) -> GPTConfig:
     )
 
 
-def operators(config: GPTConfig) -> CompiledOperators:
-    found = CompiledOperators.where_possible(config, torch.bfloat16, torch.device("cpu"))
+def operators(config: GPTConfig, tiles: bool) -> CompiledOperators:
+    found = CompiledOperators.where_possible(config, torch.bfloat16, torch.device("cpu"), tiles)
     assert found is not None
+    assert found.tiles == tiles
     return found
 
 
@@ -68,17 +74,18 @@ def assert_rounded(found: Tensor, exact: Tensor, allowed: Tensor | float) -> Non
 lengths_of_rows = st.lists(st.integers(1, 70) | st.integers(1, 300), min_size=1, max_size=6)
 
 
+@by
 @compiled
 @settings(deadline=None, max_examples=60)
 @given(lengths_of_rows, st.sampled_from(HEAD_DIMS), st.integers(1, 3), st.integers(0, 1 << 30))
 def test_attention_is_within_each_sequence_and_rotated(
-    lengths: list[int], head_dim: int, heads: int, seed: int
+    tiles: bool, lengths: list[int], head_dim: int, heads: int, seed: int
 ) -> None:
     torch.manual_seed(seed)
     config = a_config(head_dim, heads)
     batch, width = batch_of(lengths), heads * head_dim
     qkv = random(sum(lengths), 3 * width)
-    found = operators(config).of(batch, LoraBatch.of_rows(lengths, [None] * len(lengths)))
+    found = operators(config, tiles).of(batch, LoraBatch.of_rows(lengths, [None] * len(lengths)))
     out = found.attention(qkv)
     cos, sin = rotary_table(config.block_size, head_dim)
     for start, length in zip(batch.starts, lengths, strict=True):
@@ -114,9 +121,8 @@ def test_each_segment_gets_its_own_lora_and_every_token_its_gelu(
     ]
     lengths = [length for length, _ in rows]
     x, y = random(sum(lengths), wide), random(sum(lengths), out)
-    part = operators(config).of(batch_of(lengths), LoraBatch.of_rows(lengths, adapters))
-    add = part.add_lora_gelu if gelu else part.add_lora
-    found = add(SITE, x, y.clone())
+    part = operators(config, False).of(batch_of(lengths), LoraBatch.of_rows(lengths, adapters))
+    found = part.add_lora(SITE, x, y.clone(), gelu)
     start = 0
     for length, adapter in zip(lengths, adapters, strict=True):
         tokens = slice(start, start + length)
@@ -134,12 +140,62 @@ def test_each_segment_gets_its_own_lora_and_every_token_its_gelu(
         assert_rounded(found[tokens], exact, allowed)
 
 
+@with_amx
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.tuples(st.integers(1, 70), ranks), min_size=1, max_size=5),
+    st.sampled_from([32, 64, 384, 416, 1024]),
+    st.sampled_from([32, 96]),
+    st.sampled_from(["plain", "gelu", "sum"]),
+    st.booleans(),
+    st.integers(0, 1 << 30),
+)
+def test_a_tiled_layer_is_the_layer_with_each_segment_s_lora_and_what_follows(
+    rows: list[tuple[int, int | None]], into: int, out: int, then: str, biased: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    rows = [*rows, (LEAST_ROWS, None)]
+    lengths = [length for length, _ in rows]
+    adapters = [
+        AdapterWeights({SITE: (random(rank, into, size=into**-0.5), random(rank, out))})
+        if rank
+        else None
+        for _, rank in rows
+    ]
+    weight, bias = random(out, into, size=into**-0.5), random(out) if biased else None
+    x, residual = random(sum(lengths), into), random(sum(lengths), out)
+    use = operators(a_config(), tiles=True)
+    layer = use.linear(weight, bias)
+    part = use.of(batch_of(lengths), LoraBatch.of_rows(lengths, adapters))
+    found = {
+        "plain": lambda: part.linear(layer, SITE, x),
+        "gelu": lambda: part.linear_gelu(layer, SITE, x),
+        "sum": lambda: part.add_linear(residual.clone(), layer, SITE, x),
+    }[then]()
+    exact = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    allowed = torch.full_like(exact, 1e-4)  # of sums in another order
+    start = 0
+    for length, adapter in zip(lengths, adapters, strict=True):
+        tokens = slice(start, start + length)
+        start += length
+        if adapter is not None:
+            a, b = (matrix.float() for matrix in adapter.lora[SITE])
+            low = x[tokens].float() @ a.t()
+            exact[tokens] += low @ b
+            allowed[tokens] += ROUNDING * low.abs() @ b.abs()  # of the low product's rounding
+    if then == "sum":
+        exact += residual.float()
+    elif then == "gelu":
+        exact, allowed = F.gelu(exact), 1.13 * allowed + 4e-5 * exact.abs().clamp(min=1)
+    assert_rounded(found, exact, allowed)
+
+
 @compiled
 def test_gelu_is_exact_at_both_ends_and_near_0() -> None:
     config = a_config()
-    part = operators(config).of(batch_of([1]), LoraBatch.of_rows([1], [None]))
+    part = operators(config, False).of(batch_of([1]), LoraBatch.of_rows([1], [None]))
     values = torch.cat((torch.linspace(-30, 30, 4064), torch.logspace(-30, 4, 32))).bfloat16()
-    found = part.add_lora_gelu(SITE, values[None], values[None].clone())[0]
+    found = part.add_lora(SITE, values[None], values[None].clone(), gelu=True)[0]
     assert_rounded(found, F.gelu(values.float()), 4e-5 * values.float().abs())
     assert not found[values < -6].any(), "what is far below 0 must end as 0, however far"
 
@@ -164,7 +220,7 @@ def test_each_segment_is_normed_by_its_own_weights(
     base = weights()
     adapters = [AdapterWeights(norms={"ln": weights()}) if own else None for _, own in rows]
     x = random(sum(lengths), config.n_embd, size=3.0) + 1
-    part = operators(config).of(batch_of(lengths), LoraBatch.of_rows(lengths, adapters))
+    part = operators(config, False).of(batch_of(lengths), LoraBatch.of_rows(lengths, adapters))
     found = part.norm("ln", x, *base)
     start = 0
     for length, adapter in zip(lengths, adapters, strict=True):
@@ -205,12 +261,15 @@ def states(of: Encoder, lengths: list[int], adapters: list[AdapterWeights | None
     return of.forward(batch, LoraBatch.of_rows(lengths, adapters))[FINAL].float()
 
 
+@by
 @compiled
-def test_the_forward_is_that_of_torch_s_operators_up_to_rounding() -> None:
+def test_the_forward_is_that_of_torch_s_operators_up_to_rounding(tiles: bool, monkeypatch) -> None:
+    monkeypatch.setattr("model.kernels.has_tiles", lambda: tiles)
     config, lengths = a_config(), [5, 300, 17, 64, 1, 128, 33] * 3
     adapters = [None, random_weights(config, 1), random_weights(config, 2)] * 7
     fast, plain = encoder(config, torch.bfloat16), encoder(config, torch.bfloat16, compiled=False)
     assert isinstance(fast.operators, CompiledOperators)
+    assert fast.operators.tiles == tiles
     assert isinstance(plain.operators, TorchOperators)
     found, expected = states(fast, lengths, adapters), states(plain, lengths, adapters)
     exact = states(encoder(config, torch.float32), lengths, _in_float32(adapters))
@@ -227,8 +286,12 @@ def _in_float32(adapters: list[AdapterWeights | None]) -> list[AdapterWeights | 
     ]
 
 
+@by
 @compiled
-def test_a_row_beside_a_nan_filled_adapter_is_bitwise_what_it_is_beside_a_sound_one() -> None:
+def test_a_row_beside_a_nan_filled_adapter_is_bitwise_what_it_is_beside_a_sound_one(
+    tiles: bool, monkeypatch
+) -> None:
+    monkeypatch.setattr("model.kernels.has_tiles", lambda: tiles)
     config, lengths = a_config(), [5, 40, 17, 33]
     a, sound = random_weights(config, 1), random_weights(config, 2)
     poisoned = random_weights(config, 2, fill=float("nan"))

@@ -1,0 +1,286 @@
+// Linear layers with AMX: y = x W^T + bias, each segment with its LoRA, then GELU or a sum, in one go.
+//
+// Rows are taken in blocks of 16 that stay within a segment, and copied into tiles first: a tile whose
+// rows lie apart takes twice as long to load. W is laid out in panels of PANEL_WIDTH outputs. A
+// panel's part of CHUNK inputs stays in the first cache while a group of blocks, which stays in the
+// second, passes by it. LoRA's second product is some steps more of the same sums, so that y is
+// written once. A block has two tiles of sums; two others are stored and finished meanwhile.
+
+#pragma once
+
+#include "tiles.h"
+
+namespace {
+
+const int PANEL_WIDTH = 2 * LANES;
+const int GROUP_BLOCKS = 8;
+const int64_t CHUNK = 384;  // inputs, at most
+
+// w (rows, in) as (rows / width, in / 32, width / 16, 16 pairs of in, 16 rows), zero beyond `rows`
+void lay_panels(const bf16* w, int64_t rows, int64_t width, int64_t in, bf16* to) {
+  for (int64_t o = 0; o < rows; o += width)
+    for (int64_t i = 0; i < in; i += TILE_DEPTH)
+      for (int64_t n = o; n < o + width; n += LANES, to += TILE_SIZE)
+        turn((const uint32_t*)(w + n * in + i), in / 2, rows - n, (uint32_t*)to, LANES);
+}
+
+// b (ranks, out) as (out / 32, wide / 32, 2, 16 pairs of ranks, 16 outputs), zero beyond `ranks`
+void lay_columns(const bf16* b, int64_t ranks, int64_t wide, int64_t out, bf16* to) {
+  alignas(64) uint16_t order[4 * LANES];  // of two rows of 32: their first 16 in pairs, their last
+  for (int i = 0; i < 2 * LANES; ++i) order[2 * i] = i, order[2 * i + 1] = i + 2 * LANES;
+  const __m512i first = _mm512_load_si512(order), last = _mm512_load_si512(order + 2 * LANES);
+  for (int64_t o = 0; o < out; o += PANEL_WIDTH)
+    for (int64_t r = 0; r < wide; r += TILE_DEPTH, to += 2 * TILE_SIZE)
+      for (int64_t p = 0; p < LANES; ++p) {
+        __m512i even = _mm512_setzero_si512(), odd = even;
+        if (r + 2 * p < ranks) even = _mm512_loadu_si512(b + (r + 2 * p) * out + o);
+        if (r + 2 * p + 1 < ranks) odd = _mm512_loadu_si512(b + (r + 2 * p + 1) * out + o);
+        _mm512_store_si512(to + p * TILE_DEPTH, _mm512_permutex2var_epi16(even, first, odd));
+        _mm512_store_si512(to + TILE_SIZE + p * TILE_DEPTH, _mm512_permutex2var_epi16(even, last, odd));
+      }
+}
+
+struct Segment {
+  int64_t start, end;
+  const bf16 *a, *b;  // 0: no LoRA
+  int64_t ranks;
+};
+
+// What one adapter's LoRA is laid out to: `wide` is its ranks padded to a tile's depth, or 0.
+struct Laid {
+  int64_t ranks, wide;
+  bf16 *shrink, *expand;  // panels of a, columns of b
+};
+
+// Rows first..last are wanted of the 16 that begin at `from`.
+struct Block {
+  int64_t from, first, last;
+  const Laid* lora;
+};
+
+// The next rows of n..end in an array of `all`, at least 16; the last block may begin before n.
+inline Block next_block(int64_t n, int64_t end, int64_t all, const Laid* lora) {
+  const int64_t from = n + TILE_ROWS <= all ? n : all - TILE_ROWS;
+  return {from, n - from, end - from < TILE_ROWS ? end - from : TILE_ROWS, lora};
+}
+
+struct LinearCall {
+  const bf16* x;  // (rows, in)
+  int64_t rows, in, out;
+  const bf16* panels;  // of W
+  const bf16* bias;    // (out,) or 0
+  bf16* y;             // (rows, out)
+};
+
+// Blocks that are taken together, and what is made of them.
+struct Group {
+  int64_t count;
+  Block blocks[GROUP_BLOCKS];
+  bf16 *x, *low;  // of each block (in / 32, 16, 32), (widest / 32, 16, 32): its rows, and x a^T
+  float* sums;    // of each block (2, 16, 16): so far, where there are several chunks
+  float* bias;    // (out,)
+  int64_t in, widest;
+
+  const bf16* rows(int64_t block) const { return x + block * in * TILE_ROWS; }
+  bf16* lows(int64_t block) const { return low + block * widest * TILE_ROWS; }
+  float* so_far(int64_t block) const { return sums + block * 2 * TILE_ROWS * LANES; }
+};
+
+// sums (tiles S and S + 1) += rows . panel. `beside(i)` is done while the tiles of i are multiplied.
+template <int S, class F>
+inline void add_products(const bf16* rows, const bf16* panel, int64_t depth, F beside) {
+  for (int64_t i = 0; i < depth; i += TILE_DEPTH, panel += 2 * TILE_SIZE, rows += TILE_SIZE) {
+    tile_load<4>(rows, 4 * LANES);
+    tile_load<6>(panel, 4 * LANES);
+    tile_load<7>(panel + TILE_SIZE, 4 * LANES);
+    tile_multiply<S, 4, 6>();
+    tile_multiply<S + 1, 4, 7>();
+    beside(i);
+  }
+}
+
+inline void nothing(int64_t) {}
+
+template <int S>
+inline void zero_sums() {
+  tile_zero<S>();
+  tile_zero<S + 1>();
+}
+
+template <int S>
+inline void load_sums(const float* sums) {
+  tile_load<S>(sums, 4 * LANES);
+  tile_load<S + 1>(sums + TILE_ROWS * LANES, 4 * LANES);
+}
+
+template <int S>
+inline void store_sums(float* sums) {
+  tile_store<S>(sums, 4 * LANES);
+  tile_store<S + 1>(sums + TILE_ROWS * LANES, 4 * LANES);
+}
+
+inline void copy_rows(const LinearCall& call, const Block& block, bf16* to) {
+  for (int64_t m = 0; m < TILE_ROWS; ++m) {
+    const bf16* row = call.x + (block.from + m) * call.in;
+    for (int64_t i = 0; i < call.in; i += TILE_DEPTH)
+      _mm512_store_si512(to + i * TILE_ROWS + m * TILE_DEPTH, _mm512_loadu_si512(row + i));
+  }
+}
+
+// low = rows . a^T, 16 ranks at a time; zero beyond them
+inline void shrink_block(const Laid& lora, const bf16* rows, int64_t in, bf16* low) {
+  alignas(64) float sums[TILE_ROWS][LANES];
+  for (int64_t r = 0; r < lora.wide; r += LANES) {
+    bf16* to = low + r / TILE_DEPTH * TILE_SIZE + r % TILE_DEPTH;
+    tile_zero<0>();
+    if (r < lora.ranks)
+      for (int64_t i = 0; i < in; i += TILE_DEPTH) {
+        tile_load<4>(rows + i * TILE_ROWS, 4 * LANES);
+        tile_load<6>(lora.shrink + r * in + i * LANES, 4 * LANES);
+        tile_multiply<0, 4, 6>();
+      }
+    tile_store<0>(sums, 4 * LANES);
+    for (int m = 0; m < TILE_ROWS; ++m) store16(to + m * TILE_DEPTH, _mm512_load_ps(sums[m]));
+  }
+}
+
+// The product of a panel and a block in two tiles; those of the other two, of the block before, are
+// stored first, and finished a few rows at a time beside the multiplying.
+template <bool ADD, bool GELU>
+struct Multiplier {
+  const LinearCall& call;
+  const Group& group;
+  alignas(64) float sums[2][TILE_ROWS][LANES];
+  const Block* last = nullptr;  // whose sums are whole
+  int64_t last_o = 0, next = 0;  // its outputs, and its next row to be finished
+  float* parked = nullptr;  // where sums that are not whole go
+
+  // y = sums + bias and so on
+  inline __attribute__((always_inline)) void finish(int64_t rows) {
+    if (!last) return;
+    for (const int64_t end = rows < last->last ? rows : last->last; next < end; ++next) {
+      bf16* to = call.y + (last->from + next) * call.out + last_o;
+      __m512 v[2];
+      each<2>([&](auto n) {
+        v[n] = _mm512_add_ps(_mm512_load_ps(sums[n][next]), _mm512_load_ps(group.bias + last_o + n * LANES));
+        if (ADD) v[n] = _mm512_add_ps(v[n], load16(to + n * LANES));
+        if (GELU) v[n] = gelu(v[n]);
+      });
+      _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(v[1], v[0]));
+    }
+  }
+
+  template <int S>
+  void store_last() {
+    if (last) store_sums<S>(sums[0][0]);
+    if (parked) store_sums<S>(parked);
+  }
+
+  template <int S>
+  void step(int64_t at, int64_t o, int64_t i, int64_t depth) {
+    const Block& block = group.blocks[at];
+    store_last<2 - S>();
+    if (i == 0)
+      zero_sums<S>();
+    else
+      load_sums<S>(group.so_far(at));
+    add_products<S>(group.rows(at) + i * TILE_ROWS, call.panels + o * call.in + i * PANEL_WIDTH, depth,
+                    [&](int64_t done) { finish((done + TILE_DEPTH) * TILE_ROWS / depth); });
+    const bool whole = i + depth == call.in;
+    if (whole && block.lora->wide)
+      add_products<S>(group.lows(at), block.lora->expand + o * block.lora->wide, block.lora->wide, nothing);
+    last = whole ? &block : nullptr, last_o = o, next = block.first;
+    parked = whole ? nullptr : group.so_far(at);
+  }
+
+  void run() {
+    const int64_t chunks = (call.in + CHUNK - 1) / CHUNK;
+    const int64_t chunk = up((call.in + chunks - 1) / chunks, TILE_DEPTH);
+    int64_t steps = 0;
+    for (int64_t o = 0; o < call.out; o += PANEL_WIDTH)
+      for (int64_t i = 0; i < call.in; i += chunk)
+        for (int64_t at = 0; at < group.count; ++at) {
+          const int64_t depth = call.in - i < chunk ? call.in - i : chunk;
+          if (steps++ % 2)
+            step<2>(at, o, i, depth);
+          else
+            step<0>(at, o, i, depth);
+        }
+    if (steps % 2)
+      store_last<0>();
+    else
+      store_last<2>();
+    finish(TILE_ROWS);
+  }
+};
+
+// Memory of a thread's own that grows and stays: fresh pages cost more than the products made in them.
+inline char* scratch(int64_t bytes) {
+  struct Memory {
+    char* at = nullptr;
+    int64_t bytes = 0;
+    ~Memory() { free(at); }
+  };
+  thread_local Memory memory;
+  if (memory.bytes < bytes) {
+    free(memory.at);
+    memory.at = (char*)aligned_alloc(64, up(bytes, 64));
+    memory.bytes = memory.at ? bytes : 0;
+  }
+  return memory.at;
+}
+
+// Not 0: there was no memory.
+template <bool ADD, bool GELU>
+int run_linear(const LinearCall& call, const Segment* segments, int64_t count) {
+  int64_t wides = 0, widest = 0;
+  for (int64_t s = 0; s < count; ++s) {
+    const int64_t wide = segments[s].a ? up(segments[s].ranks, TILE_DEPTH) : 0;
+    wides += wide;
+    if (wide > widest) widest = wide;
+  }
+  const int64_t row = call.in + widest + 2 * PANEL_WIDTH;  // of a group's, in bfloat16
+  const int64_t laid_bytes = up(count * sizeof(Laid), 64), lora_bytes = 2 * wides * (call.in + call.out);
+  char* room = scratch(laid_bytes + lora_bytes + 2 * row * GROUP_BLOCKS * TILE_ROWS + 4 * call.out);
+  if (!room) return 1;
+  Laid* laid = (Laid*)room;
+  bf16* next = (bf16*)(room + laid_bytes);
+  for (int64_t s = 0; s < count; ++s) {
+    const Segment& segment = segments[s];
+    const int64_t wide = segment.a ? up(segment.ranks, TILE_DEPTH) : 0;
+    laid[s] = {segment.ranks, wide, next, next + wide * call.in};
+    next += wide * (call.in + call.out);
+    if (!wide) continue;
+    lay_panels(segment.a, segment.ranks, LANES, call.in, laid[s].shrink);
+    lay_columns(segment.b, segment.ranks, wide, call.out, laid[s].expand);
+  }
+  Group group;
+  group.in = call.in, group.widest = widest;
+  group.x = next;
+  group.low = group.x + call.in * GROUP_BLOCKS * TILE_ROWS;
+  group.sums = (float*)(group.low + widest * GROUP_BLOCKS * TILE_ROWS);
+  group.bias = group.sums + 2 * LANES * GROUP_BLOCKS * TILE_ROWS;
+  for (int64_t o = 0; o < call.out; o += LANES)
+    _mm512_store_ps(group.bias + o, call.bias ? load16(call.bias + o) : _mm512_setzero_ps());
+  const Tiles tiles;
+  group.count = 0;
+  const auto flush = [&] {
+    for (int64_t block = 0; block < group.count; ++block) {
+      copy_rows(call, group.blocks[block], (bf16*)group.rows(block));
+      shrink_block(*group.blocks[block].lora, group.rows(block), call.in, group.lows(block));
+    }
+    Multiplier<ADD, GELU>{call, group}.run();
+    group.count = 0;
+  };
+  for (int64_t s = 0; s < count; ++s)
+    for (int64_t n = segments[s].start; n < segments[s].end;) {
+      const Block block = next_block(n, segments[s].end, call.rows, laid + s);
+      group.blocks[group.count++] = block;
+      n = block.from + block.last;
+      if (group.count == GROUP_BLOCKS) flush();
+    }
+  if (group.count) flush();
+  return 0;
+}
+
+}  // namespace
