@@ -19,7 +19,7 @@ from model.linear import AnyLinear
 from model.lora import LoraBatch
 from model.operators import Operators, PartOperators, TorchOperators
 from model.packed import PackedBatch
-from model.parts import PART_TOKENS, Part, parts_of
+from model.parts import Part, parts_of
 from model.quantized import Int8Unavailable, Linear8
 
 FINAL = 0  # key of the state after ln_f; the state after block l has the key l, from 1
@@ -173,7 +173,7 @@ class Encoder:
         return parts_of(
             batch,
             lora,
-            min(max(PART_TOKENS, self.least_part), share),
+            min(max(self.operators.part_tokens, self.least_part), share),
             self.operators.align,
             self.operators.align_adapters,
         )

@@ -20,10 +20,12 @@ from model.linear import AnyLinear, Linear
 from model.lora import LoraBatch, Site
 from model.operators import BF16_ROWS
 from model.packed import PackedBatch
+from model.parts import PART_TOKENS
 from model.tiled import SegmentPointers, TiledLinear
 
 LIBRARY = "model._kernels"
 HEAD_DIMS = (32, 64, 128)
+TILED_PART_TOKENS = 4096
 WIDTH = 32  # what the operators take at a time: n_embd is a multiple of it
 
 log = logging.getLogger("trunkline.model")
@@ -95,6 +97,8 @@ class CompiledOperators:
     def __init__(self, compiled: ctypes.CDLL, config: GPTConfig, tiles: bool) -> None:
         self.compiled, self.tiles = compiled, tiles
         self.name = "compiled, AMX" if tiles else "compiled"
+        # Tiled layers divide a part for the caches themselves.
+        self.part_tokens = TILED_PART_TOKENS if tiles else PART_TOKENS
         self.heads, self.head_dim = config.n_head, config.head_dim
         cos, sin = rotary_table(config.block_size, config.head_dim)
         half = config.head_dim // 2  # the other half is the same

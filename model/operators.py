@@ -11,6 +11,7 @@ from model.layers import rotary_table
 from model.linear import AnyLinear, Linear
 from model.lora import LoraBatch, Site
 from model.packed import PackedBatch, attention
+from model.parts import PART_TOKENS
 
 # oneDNN compiles a bfloat16 kernel for each number of rows it meets (a first call takes 1 to 3 ms
 # longer) and keeps about a thousand.
@@ -40,10 +41,11 @@ class Operators(Protocol):
     """The seam between the forward and what runs it.
 
     Matrix products meet few numbers of rows when a part's tokens are a multiple of `align`, and
-    each adapter's too where `align_adapters`.
+    each adapter's too where `align_adapters`. A part is to have `part_tokens` at most.
     """
 
     name: str
+    part_tokens: int
     align: int
     align_adapters: bool
 
@@ -57,7 +59,7 @@ class Operators(Protocol):
 class TorchOperators:
     """In any dtype, on any device."""
 
-    name, align_adapters = "torch", True
+    name, align_adapters, part_tokens = "torch", True, PART_TOKENS
 
     def __init__(self, config: GPTConfig, dtype: torch.dtype, device: torch.device) -> None:
         self.align = BF16_ROWS if device.type == "cpu" and dtype == torch.bfloat16 else 1
