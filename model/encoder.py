@@ -3,6 +3,7 @@
 Equal to model.gpt.GPT, which the tests hold it against; nothing here trains.
 """
 
+import ctypes
 import math
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,26 +16,66 @@ from torch.nn import functional as F
 
 from model.config import MAIN_MATRICES, GPTConfig
 from model.kernels import HEAD_DIMS, CompiledOperators
-from model.linear import AnyLinear
 from model.lora import LoraBatch
 from model.operators import Operators, PartOperators, TorchOperators
 from model.packed import PackedBatch
 from model.parts import Part, parts_of
 from model.quantized import Int8Unavailable, Linear8
+from model.stack import Panels, Stack
 
 FINAL = 0  # key of the state after ln_f; the state after block l has the key l, from 1
 
+# Sequences don't see each other and all layers use the same matrices, so a part of this many
+# tokens goes through every layer before the next starts: its activations stay in cache. A Stack
+# divides its parts for the caches itself.
+PART_TOKENS, STACK_PART_TOKENS = 768, 4096
 # Two parts of fewer tokens, or of less work, would cost more in small calls and in handing them
 # over than a second core gives.
 LEAST_PART_TOKENS, LEAST_PART_FLOPS = 128, 5e7
 
 
+class Linear:
+    """x W^T + b: weight (out, in), and a packed copy of it where that is faster."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.bias = weight, bias
+        self.packed = _packed(weight)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.packed is None:
+            return F.linear(x, self.weight, self.bias)
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return y
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """residual += x W^T + b, in place; rounded once where the kernel can."""
+        if self.packed is None:
+            return residual.add_(self(x))
+        y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(
+            x, residual, self.packed, self.bias, "add"
+        )
+        return y
+
+
+def _packed(weight: Tensor) -> Tensor | None:
+    """The weight in oneDNN's blocked layout where bfloat16 is native to a CPU, else None.
+
+    The operators are torch.compile's own for frozen linears.
+    """
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
+        return None
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return None
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, PART_TOKENS)
+    return packed
+
+
 @dataclass(frozen=True)
 class BlockWeights:
-    attn_c_attn: AnyLinear
-    attn_c_proj: AnyLinear
-    mlp_c_fc: AnyLinear
-    mlp_c_proj: AnyLinear
+    attn_c_attn: Linear | Linear8
+    attn_c_proj: Linear | Linear8
+    mlp_c_fc: Linear | Linear8
+    mlp_c_proj: Linear | Linear8
     ln_1: tuple[Tensor, Tensor | None]
     ln_2: tuple[Tensor, Tensor | None]
 
@@ -43,7 +84,18 @@ class Progress:
     """Moves while one caller's batches get on: with every layer of any part of them."""
 
     def __init__(self) -> None:
-        self.steps = 0
+        self._steps = ctypes.c_int64()  # compiled code counts in it
+
+    @property
+    def steps(self) -> int:
+        return self._steps.value
+
+    def step(self) -> None:
+        self._steps.value += 1
+
+    @property
+    def counter(self) -> "ctypes.c_int64":
+        return self._steps
 
 
 class Encoder:
@@ -71,15 +123,18 @@ class Encoder:
         self.operators: Operators = operators or TorchOperators(config, dtype, self.device)
         self.int8 = int8
         self._placed: dict[str, Tensor] = {}
-        self._linears: dict[str, AnyLinear] = {}
+        self._linears: dict[str, Linear | Linear8] = {}
         self.threads = torch.get_num_threads() if self.device.type == "cpu" else 1
         flops = 24.0 * config.n_embd**2 * config.n_layer  # of a token, in the four matrices
         self.least_part = max(LEAST_PART_TOKENS, math.ceil(LEAST_PART_FLOPS / flops))  # tokens
         self._workers = ThreadPoolExecutor(
             self.threads, "encoder", initializer=torch.set_num_threads, initargs=(1,)
         )
-        self.blocks = [self._block(tensors, layer) for layer in range(config.n_layer)]
         self.ln_f = self._pair(tensors, "transformer.ln_f")
+        self.stack = self._stack(tensors)
+        self.blocks = (
+            [] if self.stack else [self._block(tensors, layer) for layer in range(config.n_layer)]
+        )
         # (V, C) float32: ids are looked up in it, and the mask logits are taken against it
         self.wte = tensors["transformer.wte.weight"].to(self.device, torch.float32)
         cls_embedding = tensors.get("cls_embedding")
@@ -94,12 +149,10 @@ class Encoder:
         bias = self._place(tensors, f"{name}.bias") if self.config.bias else None
         return self._place(tensors, f"{name}.weight"), bias
 
-    def _linear(self, tensors: Mapping[str, Tensor], name: str) -> AnyLinear:
+    def _linear(self, tensors: Mapping[str, Tensor], name: str) -> Linear | Linear8:
         if name not in self._linears:
             self._linears[name] = (
-                self._linear8(tensors, name)
-                if self.int8
-                else self.operators.linear(*self._pair(tensors, name))
+                self._linear8(tensors, name) if self.int8 else Linear(*self._pair(tensors, name))
             )
         return self._linears[name]
 
@@ -112,10 +165,35 @@ class Encoder:
         bias = tensors[f"{name}.bias"] if self.config.bias else None
         return Linear8.of(self.operators.compiled, tensors[f"{name}.weight"], bias)
 
+    def _home(self, layer: int) -> str:
+        """Where a layer's four matrices are."""
+        return "shared" if self.config.share_main_matrices else f"transformer.h.{layer}"
+
+    def _stack(self, tensors: Mapping[str, Tensor]) -> Stack | None:
+        """All layers in one call, where the processor can."""
+        operators = self.operators
+        if not isinstance(operators, CompiledOperators) or not operators.tiles or self.int8:
+            return None
+        panels: dict[str, Panels] = {}
+        for layer in range(self.config.n_layer):
+            for path in MAIN_MATRICES:
+                name = f"{self._home(layer)}.{path}"
+                if name not in panels:
+                    panels[name] = Panels(operators.compiled, *self._pair(tensors, name))
+        layers = range(self.config.n_layer)
+        names = [f"transformer.h.{layer}.{norm}" for layer in layers for norm in ("ln_1", "ln_2")]
+        norms = {name: self._pair(tensors, name) for name in names}
+        return Stack(
+            operators.compiled,
+            self.config.n_head,
+            (operators.cos, operators.sin),
+            [[panels[f"{self._home(layer)}.{path}"] for path in MAIN_MATRICES] for layer in layers],
+            norms | {"transformer.ln_f": self.ln_f},
+        )
+
     def _block(self, tensors: Mapping[str, Tensor], layer: int) -> BlockWeights:
-        home = "shared" if self.config.share_main_matrices else f"transformer.h.{layer}"
         linears = {
-            path.replace(".", "_"): self._linear(tensors, f"{home}.{path}")
+            path.replace(".", "_"): self._linear(tensors, f"{self._home(layer)}.{path}")
             for path in MAIN_MATRICES
         }
         ln_1 = self._pair(tensors, f"transformer.h.{layer}.ln_1")
@@ -170,10 +248,11 @@ class Encoder:
         if self.device.type != "cpu":
             return parts_of(batch, lora, tokens)
         share = max(self.least_part, -(-tokens // self.threads))
+        most = STACK_PART_TOKENS if self.stack else PART_TOKENS
         return parts_of(
             batch,
             lora,
-            min(max(self.operators.part_tokens, self.least_part), share),
+            min(max(most, self.least_part), share),
             self.operators.align,
             self.operators.align_adapters,
         )
@@ -182,8 +261,13 @@ class Encoder:
     def _through_all_layers(
         self, part: Part, kept: Mapping[int, Tensor], progress: Progress
     ) -> None:
-        operators = self.operators.of(part.batch, part.lora)
         x = self._embed(part.batch.ids)  # (N, C)
+        if self.stack:
+            to = {layer: states[part.start : part.end] for layer, states in kept.items()}
+            real = part.end - part.start  # what gaps there are come after it
+            self.stack.run(x, part.batch, part.lora, real, to, progress.counter)
+            return
+        operators = self.operators.of(part.batch, part.lora)
         for layer, block in enumerate(self.blocks):
             name = f"transformer.h.{layer}"
             normed = operators.norm(f"{name}.ln_1", x, *block.ln_1)
@@ -192,7 +276,7 @@ class Encoder:
             x = _mlp(layer, block, x, normed, operators)
             if layer + 1 in kept:
                 kept[layer + 1][part.start : part.end] = part.real(x)
-            progress.steps += 1
+            progress.step()
         if FINAL in kept:
             final = operators.norm("transformer.ln_f", x, *self.ln_f)
             kept[FINAL][part.start : part.end] = part.real(final)
@@ -210,14 +294,14 @@ def _attention(
     layer: int, block: BlockWeights, x: Tensor, normed: Tensor, operators: PartOperators
 ) -> Tensor:
     """x + the attention of `normed`; x may be changed in place."""
-    qkv = operators.linear(block.attn_c_attn, (layer, "attn.lora_qkv"), normed)  # (N, 3C)
+    qkv = operators.add_lora((layer, "attn.lora_qkv"), normed, block.attn_c_attn(normed))  # (N, 3C)
     y = operators.attention(qkv)  # (N, C)
-    return operators.add_linear(x, block.attn_c_proj, (layer, "attn.lora_out"), y)
+    return operators.add_lora((layer, "attn.lora_out"), y, block.attn_c_proj.add_to(x, y))
 
 
 def _mlp(
     layer: int, block: BlockWeights, x: Tensor, normed: Tensor, operators: PartOperators
 ) -> Tensor:
     """x + the MLP of `normed`; x may be changed in place."""
-    h = operators.linear_gelu(block.mlp_c_fc, (layer, "mlp.lora_fc"), normed)  # (N, 4C)
-    return operators.add_linear(x, block.mlp_c_proj, (layer, "mlp.lora_proj"), h)
+    h = operators.add_lora_gelu((layer, "mlp.lora_fc"), normed, block.mlp_c_fc(normed))  # (N, 4C)
+    return operators.add_lora((layer, "mlp.lora_proj"), h, block.mlp_c_proj.add_to(x, h))

@@ -16,16 +16,13 @@ from torch import Tensor
 
 from model.config import GPTConfig
 from model.layers import LN_EPS, rotary_table
-from model.linear import AnyLinear, Linear
 from model.lora import LoraBatch, Site
 from model.operators import BF16_ROWS
 from model.packed import PackedBatch
-from model.parts import PART_TOKENS
-from model.tiled import SegmentPointers, TiledLinear
+from model.stack import address
 
 LIBRARY = "model._kernels"
 HEAD_DIMS = (32, 64, 128)
-TILED_PART_TOKENS = 4096
 WIDTH = 32  # what the operators take at a time: n_embd is a multiple of it
 
 log = logging.getLogger("trunkline.model")
@@ -34,10 +31,7 @@ _pointer, _int = ctypes.c_void_p, ctypes.c_int64
 SIGNATURES: dict[str, tuple[Any, ...]] = {
     "trunkline_permit_tiles": (),
     "trunkline_lay_panels": (_pointer, _int, _int, _pointer),
-    "trunkline_linear": (
-        *(_pointer, _int, _int, _int, _pointer, _pointer, ctypes.c_int, ctypes.c_int),
-        *(_int, _pointer, _pointer, _pointer, _pointer, _pointer, _pointer),
-    ),
+    "trunkline_stack": (_pointer, _pointer, _pointer, ctypes.c_float, _pointer),
     "trunkline_norm": (
         *(_pointer, _pointer, _int, ctypes.c_float, _int),
         *(_pointer, _pointer, _pointer, _pointer),
@@ -89,16 +83,13 @@ def has_tiles() -> bool:
 class CompiledOperators:
     """model.operators.Operators by the compiled library, each call on the thread that makes it.
 
-    With `tiles` the products are AMX's.
+    With `tiles` attention is multiplied by AMX, and a Stack can run all layers.
     """
 
-    align, align_adapters = BF16_ROWS, False
+    name, align, align_adapters = "compiled", BF16_ROWS, False
 
     def __init__(self, compiled: ctypes.CDLL, config: GPTConfig, tiles: bool) -> None:
         self.compiled, self.tiles = compiled, tiles
-        self.name = "compiled, AMX" if tiles else "compiled"
-        # Tiled layers divide a part for the caches themselves.
-        self.part_tokens = TILED_PART_TOKENS if tiles else PART_TOKENS
         self.heads, self.head_dim = config.n_head, config.head_dim
         cos, sin = rotary_table(config.block_size, config.head_dim)
         half = config.head_dim // 2  # the other half is the same
@@ -113,12 +104,6 @@ class CompiledOperators:
             return None
         compiled = library()
         return None if compiled is None else cls(compiled, config, tiles and has_tiles())
-
-    def linear(self, weight: Tensor, bias: Tensor | None) -> Linear | TiledLinear:
-        """The layer that `CompiledPart.linear` runs fastest."""
-        if self.tiles:
-            return TiledLinear.of(self.compiled, weight, bias)
-        return Linear(weight, bias)
 
     def of(self, batch: PackedBatch, lora: LoraBatch) -> "CompiledPart":
         return CompiledPart(self, batch, lora)
@@ -137,15 +122,15 @@ class CompiledPart:
         own = [None if adapter is None else adapter.norms.get(name) for adapter in self.adapters]
         pairs = [pair or (weight, bias) for pair in own]
         self.operators.compiled.trunkline_norm(
-            _address(x),
-            _address(y),
+            address(x),
+            address(y),
             x.shape[1],
             LN_EPS,
             len(pairs),
             self.starts,
             self.ends,
-            _integers(_address(w) for w, _ in pairs),
-            _integers(0 if b is None else _address(b) for _, b in pairs),
+            _integers(address(w) for w, _ in pairs),
+            _integers(0 if b is None else address(b) for _, b in pairs),
         )
         return y
 
@@ -155,7 +140,7 @@ class CompiledPart:
         # gaps go through every operator too: zeros keep them finite
         out = (torch.zeros if self.batch.gaps else torch.empty)(shape, dtype=qkv.dtype)
         failed = operators.compiled.trunkline_attention(
-            _address(qkv),
+            address(qkv),
             operators.cos.data_ptr(),
             operators.sin.data_ptr(),
             self.row_starts,
@@ -164,64 +149,38 @@ class CompiledPart:
             operators.heads,
             operators.head_dim,
             operators.tiles,
-            _address(out),
+            address(out),
         )
         if failed:
             raise MemoryError("no memory for an attention's scratch")
         return out
 
-    def linear(self, layer: AnyLinear, site: Site, x: Tensor) -> Tensor:
-        if isinstance(layer, TiledLinear):
-            return layer.run(x, self._segments(site))
-        return self.add_lora(site, x, layer(x))
+    def add_lora(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
+        return self._lora(site, x, y, gelu=False)
 
-    def linear_gelu(self, layer: AnyLinear, site: Site, x: Tensor) -> Tensor:
-        if isinstance(layer, TiledLinear):
-            return layer.run(x, self._segments(site), gelu=True)
-        return self.add_lora(site, x, layer(x), gelu=True)
+    def add_lora_gelu(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
+        return self._lora(site, x, y, gelu=True)
 
-    def add_linear(self, residual: Tensor, layer: AnyLinear, site: Site, x: Tensor) -> Tensor:
-        if isinstance(layer, TiledLinear):
-            return layer.run(x, self._segments(site), add_to=residual)
-        return self.add_lora(site, x, layer.add_to(residual, x))
-
-    def _segments(self, site: Site) -> SegmentPointers:
+    def _lora(self, site: Site, x: Tensor, y: Tensor, gelu: bool) -> Tensor:
         own = [None if adapter is None else adapter.lora.get(site) for adapter in self.adapters]
-        return SegmentPointers(
+        if not gelu and not any(own):
+            return y
+        failed = self.operators.compiled.trunkline_lora(
+            address(x),
+            x.shape[1],
+            address(y),
+            y.shape[1],
+            len(own),
             self.starts,
             self.ends,
-            _integers(0 if pair is None else _address(pair[0]) for pair in own),
-            _integers(0 if pair is None else _address(pair[1]) for pair in own),
+            _integers(0 if pair is None else address(pair[0]) for pair in own),
+            _integers(0 if pair is None else address(pair[1]) for pair in own),
             _integers(0 if pair is None else pair[0].shape[0] for pair in own),
-        )
-
-    def add_lora(self, site: Site, x: Tensor, y: Tensor, gelu: bool = False) -> Tensor:
-        """y + each segment's LoRA of x, in place, then its GELU where asked for."""
-        if not gelu and not any(a is not None and site in a.lora for a in self.adapters):
-            return y
-        segments = self._segments(site)
-        failed = self.operators.compiled.trunkline_lora(
-            _address(x),
-            x.shape[1],
-            _address(y),
-            y.shape[1],
-            len(segments.starts),
-            segments.starts,
-            segments.ends,
-            segments.a,
-            segments.b,
-            segments.ranks,
             gelu,
         )
         if failed:
             raise MemoryError("no memory for LoRA's scratch")
         return y
-
-
-def _address(tensor: Tensor) -> int:
-    if not tensor.is_contiguous() or tensor.dtype != torch.bfloat16:
-        raise ValueError(f"a contiguous bfloat16 tensor was expected, not {tensor.dtype}")
-    return tensor.data_ptr()
 
 
 def _integers(values: Iterable[int]) -> "ctypes.Array[ctypes.c_int64]":

@@ -8,10 +8,8 @@ from torch.nn import functional as F
 
 from model.config import GPTConfig
 from model.layers import rotary_table
-from model.linear import AnyLinear, Linear
 from model.lora import LoraBatch, Site
 from model.packed import PackedBatch, attention
-from model.parts import PART_TOKENS
 
 # oneDNN compiles a bfloat16 kernel for each number of rows it meets (a first call takes 1 to 3 ms
 # longer) and keeps about a thousand.
@@ -27,30 +25,23 @@ class PartOperators(Protocol):
     def attention(self, qkv: Tensor) -> Tensor:
         """Attention within each sequence: qkv (N, 3C), not rotated yet -> (N, C)."""
 
-    def linear(self, layer: AnyLinear, site: Site, x: Tensor) -> Tensor:
-        """The layer and each segment's LoRA (model.lora.LoraBatch.add_) of x (N, in): (N, out)."""
+    def add_lora(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
+        """y + the LoRA of x, in place: model.lora.LoraBatch.add_."""
 
-    def linear_gelu(self, layer: AnyLinear, site: Site, x: Tensor) -> Tensor:
-        """GELU of the same."""
-
-    def add_linear(self, residual: Tensor, layer: AnyLinear, site: Site, x: Tensor) -> Tensor:
-        """residual (N, out) + the same; it may be changed in place."""
+    def add_lora_gelu(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
+        """GELU of the same; y may be changed in place."""
 
 
 class Operators(Protocol):
     """The seam between the forward and what runs it.
 
     Matrix products meet few numbers of rows when a part's tokens are a multiple of `align`, and
-    each adapter's too where `align_adapters`. A part is to have `part_tokens` at most.
+    each adapter's too where `align_adapters`.
     """
 
     name: str
-    part_tokens: int
     align: int
     align_adapters: bool
-
-    def linear(self, weight: Tensor, bias: Tensor | None) -> AnyLinear:
-        """The layer of a weight (out, in) that the parts' `linear` runs fastest."""
 
     def of(self, batch: PackedBatch, lora: LoraBatch) -> PartOperators:
         """Those for a part's batch and its adapters."""
@@ -59,16 +50,13 @@ class Operators(Protocol):
 class TorchOperators:
     """In any dtype, on any device."""
 
-    name, align_adapters, part_tokens = "torch", True, PART_TOKENS
+    name, align_adapters = "torch", True
 
     def __init__(self, config: GPTConfig, dtype: torch.dtype, device: torch.device) -> None:
         self.align = BF16_ROWS if device.type == "cpu" and dtype == torch.bfloat16 else 1
         self.heads, self.head_dim = config.n_head, config.head_dim
         cos, sin = rotary_table(config.block_size, config.head_dim)
         self.cos, self.sin = cos.to(device, dtype), sin.to(device, dtype)
-
-    def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        return Linear(weight, bias)
 
     def of(self, batch: PackedBatch, lora: LoraBatch) -> "TorchPart":
         return TorchPart(self, batch, lora)
@@ -77,8 +65,8 @@ class TorchOperators:
 class TorchPart:
     def __init__(self, operators: TorchOperators, batch: PackedBatch, lora: LoraBatch) -> None:
         self.heads, self.head_dim = operators.heads, operators.head_dim
-        self.batch, self.lora = batch, lora
-        self.norm = lora.norm
+        self.batch = batch
+        self.norm, self.add_lora = lora.norm, lora.add_
         self.cos = operators.cos[batch.positions].unsqueeze(1)  # (N, 1, D)
         self.sin = operators.sin[batch.positions].unsqueeze(1)
 
@@ -87,16 +75,8 @@ class TorchPart:
         q, k = rotated(qkv[:, : 2 * self.heads], self.cos, self.sin).chunk(2, dim=1)  # (N, H, D)
         return attention(q, k, qkv[:, 2 * self.heads :], self.batch).flatten(1)
 
-    def linear(self, layer: AnyLinear, site: Site, x: Tensor) -> Tensor:
-        assert isinstance(layer, Linear)
-        return self.lora.add_(site, x, layer(x))
-
-    def linear_gelu(self, layer: AnyLinear, site: Site, x: Tensor) -> Tensor:
-        return F.gelu(self.linear(layer, site, x))
-
-    def add_linear(self, residual: Tensor, layer: AnyLinear, site: Site, x: Tensor) -> Tensor:
-        assert isinstance(layer, Linear)
-        return self.lora.add_(site, x, layer.add_to(residual, x))
+    def add_lora_gelu(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
+        return F.gelu(self.add_lora(site, x, y))
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

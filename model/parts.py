@@ -9,10 +9,6 @@ from torch import Tensor
 from model.lora import LoraBatch, Segment
 from model.packed import PackedBatch
 
-# Sequences don't see each other and all layers use the same matrices, so a part of this many
-# tokens goes through every layer before the next starts: its activations stay in cache.
-PART_TOKENS = 768
-
 
 @dataclass(frozen=True)
 class Part:

@@ -208,7 +208,8 @@ int attention_of(const bf16* qkv, const float* cos, const float* sin, const int6
                  const int64_t* lengths, int64_t rows, int64_t heads, bool tiles, bf16* out) {
   int64_t longest = 0;
   for (int64_t r = 0; r < rows; ++r) longest = lengths[r] > longest ? lengths[r] : longest;
-  char* scratch = (char*)aligned_alloc(64, up(Head<D>::bytes(longest), 64));
+  static thread_local Scratch memory;
+  char* scratch = memory.of(Head<D>::bytes(longest));
   if (!scratch) return 1;
   Head<D> head(scratch, longest, tiles);
   const int64_t width = heads * D;
@@ -226,7 +227,6 @@ int attention_of(const bf16* qkv, const float* cos, const float* sin, const int6
   } else {
     all();
   }
-  free(scratch);
   return 0;
 }
 

@@ -1,17 +1,18 @@
-// What the serving forward does between its matrix products, for CPUs with AVX-512 bfloat16
-// arithmetic: LayerNorm, GELU, attention with rotary positions, and LoRA's two thin products.
+// The serving forward on CPUs with AVX-512's bfloat16 arithmetic: LayerNorm, GELU, attention with
+// rotary positions, LoRA's two thin products and 8-bit layers; with AMX all layers in one call.
 //
-// Called through model/kernels.py, which checks shapes and says what each argument is; equal to
-// model/layers.py up to rounding, which the tests hold it against. Everything is read and written
-// as bfloat16 and computed in float32, rounded once at the end. Arrays are row-major. No function
-// keeps state, so that threads may call them side by side. Built without GCC's partial redundancy
-// elimination, which writes sums that are in registers to memory too (int8: half the speed).
+// Called through model/kernels.py and model/stack.py, which check shapes and say what each argument
+// is; equal to model/layers.py up to rounding, which the tests hold it against. Everything is read
+// and written as bfloat16 and computed in float32, rounded once at the end. Arrays are row-major. No
+// function keeps state but scratch of a thread's own, so that threads may call them side by side.
+// Built without GCC's partial redundancy elimination, which writes sums that are in registers to
+// memory too (int8: half the speed).
 
 #include "attention.h"
 #include "int8.h"
-#include "linear.h"
 #include "lora.h"
 #include "norm.h"
+#include "stack.h"
 
 #define API extern "C" __attribute__((visibility("default")))
 
@@ -95,25 +96,18 @@ API int trunkline_linear8(const bf16* x, int64_t rows, int64_t in, int64_t out, 
   return 0;
 }
 
-// w (out, in) as trunkline_linear takes it; in and out multiples of 32.
+// w (out, in) as trunkline_stack takes it; in and out multiples of 32.
 API void trunkline_lay_panels(const bf16* w, int64_t in, int64_t out, bf16* panels) {
   lay_panels(w, out, PANEL_WIDTH, in, panels);
 }
 
-// y (rows, out) = x (rows, in) W^T + bias, where `add` added to y, and the LoRA of each of `count`
-// segments, whose a and b are as in trunkline_lora; then GELU where `gelu`. Needs AMX and 16 rows.
-// Not 0: there was no memory.
-API int trunkline_linear(const bf16* x, int64_t rows, int64_t in, int64_t out, const bf16* panels,
-                         const bf16* bias, int add, int gelu, int64_t count, const int64_t* starts,
-                         const int64_t* ends, const int64_t* a, const int64_t* b, const int64_t* ranks,
-                         bf16* y) {
-  const LinearCall call = {x, rows, in, out, panels, bias, y};
-  Segment* segments = (Segment*)malloc(count * sizeof(Segment));
-  if (!segments) return 1;
-  for (int64_t s = 0; s < count; ++s)
-    segments[s] = {starts[s], ends[s], (const bf16*)a[s], (const bf16*)b[s], ranks[s]};
-  const auto run = add ? run_linear<true, false> : gelu ? run_linear<false, true> : run_linear<false, false>;
-  const int failed = run(call, segments, count);
-  free(segments);
-  return failed;
+// x (tokens, width) through all layers of the trunk, in place, with AMX; see stack.h. Not 0: there was
+// no memory, or the heads' width is not 32, 64 or 128.
+API int trunkline_stack(const Trunk* trunk, const Part* part, bf16* x, float eps, int64_t* steps) {
+  switch (trunk->head_dim) {
+    case 32: return run_stack<32>(*trunk, *part, x, eps, steps);
+    case 64: return run_stack<64>(*trunk, *part, x, eps, steps);
+    case 128: return run_stack<128>(*trunk, *part, x, eps, steps);
+    default: return 1;
+  }
 }

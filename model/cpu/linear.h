@@ -214,20 +214,9 @@ struct Multiplier {
   }
 };
 
-// Memory of a thread's own that grows and stays: fresh pages cost more than the products made in them.
-inline char* scratch(int64_t bytes) {
-  struct Memory {
-    char* at = nullptr;
-    int64_t bytes = 0;
-    ~Memory() { free(at); }
-  };
-  thread_local Memory memory;
-  if (memory.bytes < bytes) {
-    free(memory.at);
-    memory.at = (char*)aligned_alloc(64, up(bytes, 64));
-    memory.bytes = memory.at ? bytes : 0;
-  }
-  return memory.at;
+inline Scratch& linear_scratch() {
+  static thread_local Scratch scratch;
+  return scratch;
 }
 
 // Not 0: there was no memory.
@@ -241,7 +230,7 @@ int run_linear(const LinearCall& call, const Segment* segments, int64_t count) {
   }
   const int64_t row = call.in + widest + 2 * PANEL_WIDTH;  // of a group's, in bfloat16
   const int64_t laid_bytes = up(count * sizeof(Laid), 64), lora_bytes = 2 * wides * (call.in + call.out);
-  char* room = scratch(laid_bytes + lora_bytes + 2 * row * GROUP_BLOCKS * TILE_ROWS + 4 * call.out);
+  char* room = linear_scratch().of(laid_bytes + lora_bytes + 2 * row * GROUP_BLOCKS * TILE_ROWS + 4 * call.out);
   if (!room) return 1;
   Laid* laid = (Laid*)room;
   bf16* next = (bf16*)(room + laid_bytes);

@@ -97,6 +97,24 @@ inline __m512 exp2_of(__m512 x) {
   return _mm512_scalef_ps(p, whole);
 }
 
+// Memory of a thread's own that grows and stays: fresh pages cost more than what is computed in them.
+struct Scratch {
+  char* at = nullptr;
+  int64_t bytes = 0;
+
+  ~Scratch() { free(at); }
+
+  // 0 where there is not so much. What was handed out before is not to be used any more.
+  char* of(int64_t wanted) {
+    if (bytes < wanted) {
+      free(at);
+      at = (char*)aligned_alloc(64, up(wanted, 64));
+      bytes = at ? wanted : 0;
+    }
+    return at;
+  }
+};
+
 // 16 rows of 16 pairs to 16 columns; rows beyond `rows` are zero. Strides are in pairs.
 inline void turn(const uint32_t* from, int64_t stride, int64_t rows, uint32_t* to, int64_t to_stride) {
   __m512i a[16], b[16];

@@ -128,7 +128,7 @@ class Forward:
             results[row].masks = masks.tolist()
             results[row].top_ids = ids.cpu().numpy()
             results[row].top_logprobs = top = _floats(logprobs)
-            self.progress.steps += 1  # a batch of masks takes seconds where V is large
+            self.progress.step()  # a batch of masks takes seconds where V is large
             yield top
 
     def _labels(self, batch: Batch, states: States, results: list[Result]) -> Iterator[Floats]:
