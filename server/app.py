@@ -195,10 +195,10 @@ def _adapter_folder(settings: Settings) -> Path | None:
 
 
 def _answer(request: Request, error: TrunklineError) -> Response:
-    if request.url.path.startswith("/v1/"):
+    if request.scope["path"].startswith("/v1/"):
         body = openai_error_body(error)
     else:
-        body = error_body(error, getattr(request.state, "request_id", None))
+        body = error_body(error, request.scope["state"].get("request_id"))
     headers = {}
     if "retry_after_s" in error.details:
         headers["retry-after"] = str(error.details["retry_after_s"])

@@ -1,6 +1,7 @@
 """Who may ask for what: keys, scopes and request quotas, before a byte of the body is read."""
 
 import re
+from functools import lru_cache
 
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -49,6 +50,7 @@ class Guard:
         return None
 
 
+@lru_cache(maxsize=256)
 def needed(method: str, path: str) -> set[str]:
     """The scopes of which a key must have one. Unknown paths are an administrator's."""
     asked = f"{method} {path}"

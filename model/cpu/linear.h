@@ -24,19 +24,19 @@ void lay_panels(const bf16* w, int64_t rows, int64_t width, int64_t in, bf16* to
         turn((const uint32_t*)(w + n * in + i), in / 2, rows - n, (uint32_t*)to, LANES);
 }
 
-// b (ranks, out) as (out / 32, wide / 32, 2, 16 pairs of ranks, 16 outputs), zero beyond `ranks`
-void lay_columns(const bf16* b, int64_t ranks, int64_t wide, int64_t out, bf16* to) {
+// b (ranks, out) as (out / 32, steps, 2, pairs of ranks, 16 outputs), zero beyond `ranks`
+void lay_columns(const bf16* b, int64_t ranks, int64_t steps, int64_t pairs, int64_t out, bf16* to) {
   alignas(64) uint16_t order[4 * LANES];  // of two rows of 32: their first 16 in pairs, their last
   for (int i = 0; i < 2 * LANES; ++i) order[2 * i] = i, order[2 * i + 1] = i + 2 * LANES;
   const __m512i first = _mm512_load_si512(order), last = _mm512_load_si512(order + 2 * LANES);
   for (int64_t o = 0; o < out; o += PANEL_WIDTH)
-    for (int64_t r = 0; r < wide; r += TILE_DEPTH, to += 2 * TILE_SIZE)
-      for (int64_t p = 0; p < LANES; ++p) {
+    for (int64_t r = 0; r < steps * 2 * pairs; r += 2 * pairs, to += 2 * pairs * TILE_DEPTH)
+      for (int64_t p = 0; p < pairs; ++p) {
         __m512i even = _mm512_setzero_si512(), odd = even;
         if (r + 2 * p < ranks) even = _mm512_loadu_si512(b + (r + 2 * p) * out + o);
         if (r + 2 * p + 1 < ranks) odd = _mm512_loadu_si512(b + (r + 2 * p + 1) * out + o);
         _mm512_store_si512(to + p * TILE_DEPTH, _mm512_permutex2var_epi16(even, first, odd));
-        _mm512_store_si512(to + TILE_SIZE + p * TILE_DEPTH, _mm512_permutex2var_epi16(even, last, odd));
+        _mm512_store_si512(to + (pairs + p) * TILE_DEPTH, _mm512_permutex2var_epi16(even, last, odd));
       }
 }
 
@@ -46,9 +46,17 @@ struct Segment {
   int64_t ranks;
 };
 
-// What one adapter's LoRA is laid out to: `wide` is its ranks padded to a tile's depth, or 0.
+// How deep LoRA's second products are, for all of a call: as deep as the most ranks, up to a tile.
+struct Depth {
+  int64_t pairs;
+
+  explicit Depth(int64_t most_ranks) : pairs(up(most_ranks < TILE_DEPTH ? most_ranks : TILE_DEPTH, 2) / 2) {}
+  int64_t steps(int64_t ranks) const { return ranks ? (ranks + 2 * pairs - 1) / (2 * pairs) : 0; }
+};
+
+// What one adapter's LoRA is laid out to.
 struct Laid {
-  int64_t ranks, wide;
+  int64_t ranks, steps;
   bf16 *shrink, *expand;  // panels of a, columns of b
 };
 
@@ -76,13 +84,13 @@ struct LinearCall {
 struct Group {
   int64_t count;
   Block blocks[GROUP_BLOCKS];
-  bf16 *x, *low;  // of each block (in / 32, 16, 32), (widest / 32, 16, 32): its rows, and x a^T
+  bf16 *x, *low;  // of each block (in / 32, 16, 32), (most steps, 16, 32): its rows, and x a^T
   float* sums;    // of each block (2, 16, 16): so far, where there are several chunks
   float* bias;    // (out,)
-  int64_t in, widest;
+  int64_t in, most_steps, pairs;
 
   const bf16* rows(int64_t block) const { return x + block * in * TILE_ROWS; }
-  bf16* lows(int64_t block) const { return low + block * widest * TILE_ROWS; }
+  bf16* lows(int64_t block) const { return low + block * most_steps * TILE_SIZE; }
   float* so_far(int64_t block) const { return sums + block * 2 * TILE_ROWS * LANES; }
 };
 
@@ -92,14 +100,25 @@ inline void add_products(const bf16* rows, const bf16* panel, int64_t depth, F b
   for (int64_t i = 0; i < depth; i += TILE_DEPTH, panel += 2 * TILE_SIZE, rows += TILE_SIZE) {
     tile_load<4>(rows, 4 * LANES);
     tile_load<6>(panel, 4 * LANES);
-    tile_load<7>(panel + TILE_SIZE, 4 * LANES);
     tile_multiply<S, 4, 6>();
-    tile_multiply<S + 1, 4, 7>();
+    tile_load<6>(panel + TILE_SIZE, 4 * LANES);
+    tile_multiply<S + 1, 4, 6>();
     beside(i);
   }
 }
 
-inline void nothing(int64_t) {}
+// The same of LoRA's low rows and columns.
+template <int S>
+inline void add_lora(const bf16* low, const bf16* columns, int64_t steps, int64_t pairs) {
+  for (int64_t step = 0; step < steps; ++step, low += TILE_SIZE) {
+    tile_load<LOW_ROWS>(low, 4 * LANES);
+    each<2>([&](auto n) {
+      tile_load<LOW_COLUMNS>(columns, 4 * LANES);
+      tile_multiply<S + n, LOW_ROWS, LOW_COLUMNS>();
+      columns += pairs * TILE_DEPTH;
+    });
+  }
+}
 
 template <int S>
 inline void zero_sums() {
@@ -128,20 +147,21 @@ inline void copy_rows(const LinearCall& call, const Block& block, bf16* to) {
 }
 
 // low = rows . a^T, 16 ranks at a time; zero beyond them
-inline void shrink_block(const Laid& lora, const bf16* rows, int64_t in, bf16* low) {
+inline void shrink_block(const Laid& lora, const bf16* rows, int64_t in, int64_t pairs, bf16* low) {
   alignas(64) float sums[TILE_ROWS][LANES];
-  for (int64_t r = 0; r < lora.wide; r += LANES) {
-    bf16* to = low + r / TILE_DEPTH * TILE_SIZE + r % TILE_DEPTH;
-    tile_zero<0>();
-    if (r < lora.ranks)
-      for (int64_t i = 0; i < in; i += TILE_DEPTH) {
-        tile_load<4>(rows + i * TILE_ROWS, 4 * LANES);
-        tile_load<6>(lora.shrink + r * in + i * LANES, 4 * LANES);
-        tile_multiply<0, 4, 6>();
-      }
-    tile_store<0>(sums, 4 * LANES);
-    for (int m = 0; m < TILE_ROWS; ++m) store16(to + m * TILE_DEPTH, _mm512_load_ps(sums[m]));
-  }
+  for (int64_t step = 0; step < lora.steps; ++step, low += TILE_SIZE)
+    for (int64_t r = 0; r < 2 * pairs; r += LANES) {
+      const int64_t rank = step * 2 * pairs + r;
+      tile_zero<0>();
+      if (rank < lora.ranks)
+        for (int64_t i = 0; i < in; i += TILE_DEPTH) {
+          tile_load<4>(rows + i * TILE_ROWS, 4 * LANES);
+          tile_load<6>(lora.shrink + rank * in + i * LANES, 4 * LANES);
+          tile_multiply<0, 4, 6>();
+        }
+      tile_store<0>(sums, 4 * LANES);
+      for (int m = 0; m < TILE_ROWS; ++m) store16(low + m * TILE_DEPTH + r, _mm512_load_ps(sums[m]));
+    }
 }
 
 // The product of a panel and a block in two tiles; those of the other two, of the block before, are
@@ -187,8 +207,9 @@ struct Multiplier {
     add_products<S>(group.rows(at) + i * TILE_ROWS, call.panels + o * call.in + i * PANEL_WIDTH, depth,
                     [&](int64_t done) { finish((done + TILE_DEPTH) * TILE_ROWS / depth); });
     const bool whole = i + depth == call.in;
-    if (whole && block.lora->wide)
-      add_products<S>(group.lows(at), block.lora->expand + o * block.lora->wide, block.lora->wide, nothing);
+    if (whole && block.lora->steps)
+      add_lora<S>(group.lows(at), block.lora->expand + o * block.lora->steps * 2 * group.pairs,
+                  block.lora->steps, group.pairs);
     last = whole ? &block : nullptr, last_o = o, next = block.first;
     parked = whole ? nullptr : group.so_far(at);
   }
@@ -222,41 +243,45 @@ inline Scratch& linear_scratch() {
 // Not 0: there was no memory.
 template <bool ADD, bool GELU>
 int run_linear(const LinearCall& call, const Segment* segments, int64_t count) {
-  int64_t wides = 0, widest = 0;
+  int64_t most_ranks = 0, lora_size = 0;
+  for (int64_t s = 0; s < count; ++s)
+    if (segments[s].a && segments[s].ranks > most_ranks) most_ranks = segments[s].ranks;
+  const Depth depth(most_ranks);
+  const auto laid_ranks = [&](const Segment& segment) { return segment.a ? segment.ranks : 0; };
   for (int64_t s = 0; s < count; ++s) {
-    const int64_t wide = segments[s].a ? up(segments[s].ranks, TILE_DEPTH) : 0;
-    wides += wide;
-    if (wide > widest) widest = wide;
+    const int64_t ranks = laid_ranks(segments[s]);
+    lora_size += up(ranks, LANES) * call.in + depth.steps(ranks) * 2 * depth.pairs * call.out;
   }
-  const int64_t row = call.in + widest + 2 * PANEL_WIDTH;  // of a group's, in bfloat16
-  const int64_t laid_bytes = up(count * sizeof(Laid), 64), lora_bytes = 2 * wides * (call.in + call.out);
-  char* room = linear_scratch().of(laid_bytes + lora_bytes + 2 * row * GROUP_BLOCKS * TILE_ROWS + 4 * call.out);
+  const int64_t most_steps = depth.steps(most_ranks);
+  const int64_t block_size = TILE_ROWS * (call.in + most_steps * TILE_DEPTH + 2 * PANEL_WIDTH);
+  const int64_t laid_bytes = up(count * sizeof(Laid), 64);
+  char* room = linear_scratch().of(laid_bytes + 2 * (lora_size + block_size * GROUP_BLOCKS) + 4 * call.out);
   if (!room) return 1;
   Laid* laid = (Laid*)room;
   bf16* next = (bf16*)(room + laid_bytes);
   for (int64_t s = 0; s < count; ++s) {
     const Segment& segment = segments[s];
-    const int64_t wide = segment.a ? up(segment.ranks, TILE_DEPTH) : 0;
-    laid[s] = {segment.ranks, wide, next, next + wide * call.in};
-    next += wide * (call.in + call.out);
-    if (!wide) continue;
-    lay_panels(segment.a, segment.ranks, LANES, call.in, laid[s].shrink);
-    lay_columns(segment.b, segment.ranks, wide, call.out, laid[s].expand);
+    const int64_t ranks = laid_ranks(segment), steps = depth.steps(ranks);
+    laid[s] = {ranks, steps, next, next + up(ranks, LANES) * call.in};
+    next = laid[s].expand + steps * 2 * depth.pairs * call.out;
+    if (!ranks) continue;
+    lay_panels(segment.a, ranks, LANES, call.in, laid[s].shrink);
+    lay_columns(segment.b, ranks, steps, depth.pairs, call.out, laid[s].expand);
   }
   Group group;
-  group.in = call.in, group.widest = widest;
+  group.in = call.in, group.most_steps = most_steps, group.pairs = depth.pairs;
   group.x = next;
   group.low = group.x + call.in * GROUP_BLOCKS * TILE_ROWS;
-  group.sums = (float*)(group.low + widest * GROUP_BLOCKS * TILE_ROWS);
+  group.sums = (float*)(group.low + most_steps * TILE_SIZE * GROUP_BLOCKS);
   group.bias = group.sums + 2 * LANES * GROUP_BLOCKS * TILE_ROWS;
   for (int64_t o = 0; o < call.out; o += LANES)
     _mm512_store_ps(group.bias + o, call.bias ? load16(call.bias + o) : _mm512_setzero_ps());
-  const Tiles tiles;
+  const Tiles tiles(most_ranks ? depth.pairs : TILE_ROWS);
   group.count = 0;
   const auto flush = [&] {
     for (int64_t block = 0; block < group.count; ++block) {
       copy_rows(call, group.blocks[block], (bf16*)group.rows(block));
-      shrink_block(*group.blocks[block].lora, group.rows(block), call.in, group.lows(block));
+      shrink_block(*group.blocks[block].lora, group.rows(block), call.in, depth.pairs, group.lows(block));
     }
     Multiplier<ADD, GELU>{call, group}.run();
     group.count = 0;

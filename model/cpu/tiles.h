@@ -22,7 +22,10 @@ inline bool tiles_permitted() {
   return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
 }
 
-// While it lives this thread's tiles are of 16 rows of 64 bytes; oneDNN sets up its own again.
+// While it lives this thread's tiles are of 16 rows of 64 bytes; oneDNN sets up its own again. Two are
+// for products of less depth: LOW_ROWS of first factors, of `pairs` pairs, LOW_COLUMNS of second ones.
+const int LOW_ROWS = 5, LOW_COLUMNS = 7;
+
 struct Tiles {
   struct alignas(64) Shape {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -30,8 +33,9 @@ struct Tiles {
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
   };
 
-  Tiles() {
-    const Shape shape;
+  explicit Tiles(int64_t pairs = TILE_ROWS) {
+    Shape shape;
+    shape.bytes[LOW_ROWS] = 4 * pairs, shape.rows[LOW_COLUMNS] = pairs;
     asm volatile("ldtilecfg %0" ::"m"(shape));
   }
   ~Tiles() { asm volatile("tilerelease"); }
