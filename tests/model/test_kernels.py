@@ -281,7 +281,10 @@ def random_adapter(config: GPTConfig, rank: int | None, normed: bool) -> Adapter
     wide = config.n_embd
     widths = {site: (wide * into, wide * out) for site, (into, out) in LORA_SITES.items()}
     lora = {
-        (layer, site): (random(rank, into, size=into**-0.5), random(rank, out, size=0.3))
+        (layer, site): (
+            random(rank, into, size=into**-0.5),
+            random(rank, out, size=0.3 * rank**-0.5),
+        )
         for layer in range(config.n_layer)
         for site, (into, out) in widths.items()
         if torch.rand(()) < 0.8
@@ -307,13 +310,14 @@ def test_every_token_of_every_layer_is_the_one_of_torch_s_operators(
     shared: bool,
     seed: int,
 ) -> None:
-    """No token is twice as far from float32 as the farthest of torch's own in bfloat16."""
+    """As near to float32 as torch's own in bfloat16: on the whole, and token by token."""
     torch.manual_seed(seed)
     config = dataclasses.replace(a_config(*heads), bias=biased, share_main_matrices=shared)
     rows = [*rows, (70, 8, True), (70, None, False)]  # so that means and largest say something
     lengths = [length for length, _, _ in rows]
     adapters = [random_adapter(config, rank, normed) for _, rank, normed in rows]
     tensors = backbone_tensors(config, GPT(config).state_dict())
+    tensors["transformer.wte.weight"] *= 50  # to size 1: what is left of nothing is all rounding
     batch = PackedBatch(torch.randint(64, (sum(lengths),)), lengths)
     layers = range(config.n_layer + 1)
     fast = Encoder(config, tensors, torch.bfloat16)
@@ -327,5 +331,5 @@ def test_every_token_of_every_layer_is_the_one_of_torch_s_operators(
         size = exact[layer].norm(dim=1)
         error = (found[layer].float() - exact[layer]).norm(dim=1) / size
         usual = (expected[layer].float() - exact[layer]).norm(dim=1) / size
-        assert error.max() <= 2 * usual.max() + 0.005, layer
-        assert error.mean() <= 1.1 * usual.mean() + 0.001, layer
+        assert (error <= 2 * usual + 0.005).all(), layer
+        assert error.mean() <= 1.1 * usual.mean() + 0.0005, layer
