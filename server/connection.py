@@ -13,6 +13,7 @@ from typing import Any
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from server.corked import Corked
 from server.errors import STATUS, RequestError, error_body
 
 MAX_HEADER_BYTES = 64 << 10
@@ -45,7 +46,7 @@ class Connection(HttpToolsProtocol):
     header_timeout_s = HEADER_TIMEOUT_S
 
     def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
+        super().connection_made(Corked(transport, self.loop))  # type: ignore[arg-type]
         self._start = b""
         self._head_bytes = 0  # of a head that is not whole yet
         self._head_timer: asyncio.TimerHandle | None = None

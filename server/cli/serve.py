@@ -21,7 +21,7 @@ from adapters.errors import TrunklineError
 from model.checkpoint import BackboneError
 from model.quantized import Int8Unavailable
 from server import __version__
-from server.app import create_app
+from server.app import create_app, direct
 from server.connection import BoundedReads
 from server.keys import BadKeys, KeyRing
 from server.logs import announce, configure_logs
@@ -78,7 +78,7 @@ def _serve(backbone: Path | None, config: Path | None, **flags: Any) -> None:
         raise Refused(str(error), settings.log_format) from error
     server = DrainingServer(
         uvicorn.Config(
-            app,
+            direct(app),
             host=settings.host,
             port=settings.port,
             http=BoundedReads,  # type: ignore[arg-type]
