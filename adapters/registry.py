@@ -15,10 +15,10 @@ from typing import Any
 from adapters.database import Database
 from adapters.errors import Conflict, Damaged, NotFound, VersionNotFound
 from adapters.names import CURRENT, Reference, check_alias, parse_reference
+from adapters.resolved import Resolved
 from adapters.store import Blob
 from adapters.versions import Named, Pointer, Record, Version, parse_record
 
-REMEMBERED = 16_384  # references, each with its version
 SCHEMA = (Path(__file__).parent / "schema.sql").read_text("utf-8")
 
 
@@ -31,9 +31,7 @@ class Registry:
 
     def __init__(self, path: Path) -> None:
         self._database = Database(path, SCHEMA)
-        # What was resolved since the last commit. A commit replaces it, so that what is read
-        # before one is remembered by nobody after it.
-        self._resolved: dict[str, Version] = {}
+        self._resolved = Resolved(lambda reference: self.read(reference))
 
     def close(self) -> None:
         self._database.close()
@@ -45,7 +43,7 @@ class Registry:
             with self._database.writing() as connection:
                 yield connection
         finally:
-            self._resolved = {}
+            self._resolved.forget()
 
     # Reading.
 
@@ -54,14 +52,7 @@ class Registry:
 
         Not to be called within `writing`, whose own changes it does not see.
         """
-        resolved = self._resolved  # taken before the file is read
-        version = resolved.get(reference)
-        if version is None:
-            version = self.read(reference)
-            if len(resolved) >= REMEMBERED:
-                self._resolved = resolved = {}
-            resolved[reference] = version
-        return version
+        return self._resolved.version(reference)
 
     def read(self, reference: str) -> Version:
         """`resolve` from the file, as the transaction of this thread sees it."""

@@ -28,7 +28,7 @@ def _sections(_: click.Context, __: click.Parameter, text: str | None) -> list[s
 
 
 @click.command("bench")
-@click.option("--quick", is_flag=True, help="About two minutes: fewer and shorter rounds.")
+@click.option("--quick", is_flag=True, help="About a minute: fewer and shorter rounds.")
 @click.option("--sections", callback=_sections, help=f"Some of {','.join(SECTIONS)}.")
 @click.option("--shape", type=click.Choice(list(SHAPES)), default="small", show_default=True)
 @click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True)

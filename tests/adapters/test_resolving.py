@@ -63,10 +63,12 @@ def test_after_a_write_a_reference_means_what_the_file_says(
     assert meaning(registry.resolve) != before
 
 
+@pytest.mark.parametrize("most", [1000, 0], ids=["room", "full"])
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
 def test_what_was_read_before_a_commit_is_not_remembered_after_it(
-    registry: Registry, write: Callable[[Registry], object], monkeypatch
+    registry: Registry, write: Callable[[Registry], object], most: int, monkeypatch
 ) -> None:
+    monkeypatch.setattr("adapters.resolved.MOST", most)
     read = registry.read
 
     def read_then_write(reference: str) -> object:
@@ -102,7 +104,7 @@ def test_an_open_transaction_means_nothing_yet_and_a_failed_one_never(registry: 
 
 
 def test_no_more_than_so_many_references_are_remembered(registry: Registry, monkeypatch) -> None:
-    monkeypatch.setattr("adapters.registry.REMEMBERED", 3)
+    monkeypatch.setattr("adapters.resolved.MOST", 3)
     for reference in ("a", "a@1", "a@2", f"a@{blob(1).digest}", "a"):
         registry.resolve(reference)
         assert len(registry._resolved) <= 3
