@@ -64,3 +64,14 @@ def parse_reference(text: str) -> Reference:
         return Reference(name, digest=rest)
     check_alias(rest)
     return Reference(name, alias=rest)
+
+
+def what_is_missing(reference: Reference) -> str:
+    """Of a reference to nothing, whose name is there."""
+    if reference.version is not None:
+        return f"{reference.name} has no version {reference.version}"
+    if reference.digest is not None:
+        return f"{reference.name} has no version of the digest {reference.digest}"
+    if reference.alias is not None:
+        return f"{reference.name} has no alias {reference.alias}, or it points to nothing"
+    return f"{reference.name} has no current version: promote one"

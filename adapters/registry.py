@@ -14,7 +14,7 @@ from typing import Any
 
 from adapters.database import Database
 from adapters.errors import Conflict, Damaged, NotFound, VersionNotFound
-from adapters.names import CURRENT, Reference, check_alias, parse_reference
+from adapters.names import CURRENT, check_alias, parse_reference, what_is_missing
 from adapters.resolved import Resolved
 from adapters.store import Blob
 from adapters.versions import Named, Pointer, Record, Version, parse_record
@@ -31,7 +31,7 @@ class Registry:
 
     def __init__(self, path: Path) -> None:
         self._database = Database(path, SCHEMA)
-        self._resolved = Resolved(lambda reference: self.read(reference))
+        self._resolved = Resolved(self.read)
 
     def close(self) -> None:
         self._database.close()
@@ -74,7 +74,7 @@ class Registry:
             return found[0]
         if not self.exists(parsed.name):
             raise NotFound(f"no adapter is named {parsed.name}")
-        raise VersionNotFound(_what_is_missing(parsed))
+        raise VersionNotFound(what_is_missing(parsed))
 
     def exists(self, name: str) -> bool:
         rows = self._rows(
@@ -339,13 +339,3 @@ class Registry:
             "INSERT INTO audit (at, who, action, name, detail) VALUES (?, ?, ?, ?, ?)",
             (time.time(), who, action, name, json.dumps(detail)),
         )
-
-
-def _what_is_missing(reference: Reference) -> str:
-    if reference.version is not None:
-        return f"{reference.name} has no version {reference.version}"
-    if reference.digest is not None:
-        return f"{reference.name} has no version of the digest {reference.digest}"
-    if reference.alias is not None:
-        return f"{reference.name} has no alias {reference.alias}, or it points to nothing"
-    return f"{reference.name} has no current version: promote one"

@@ -49,7 +49,7 @@ def meaning(find: Callable[[str], object]) -> object:
 
 def test_a_reference_is_read_once_between_two_commits(registry: Registry, monkeypatch) -> None:
     first = registry.resolve("a")
-    monkeypatch.setattr(registry, "read", lambda _: pytest.fail("the file was read again"))
+    monkeypatch.setattr(registry._resolved, "_read", lambda _: pytest.fail("it was read again"))
     assert registry.resolve("a") == first
 
 
@@ -72,12 +72,12 @@ def test_what_was_read_before_a_commit_is_not_remembered_after_it(
     read = registry.read
 
     def read_then_write(reference: str) -> object:
-        monkeypatch.setattr(registry, "read", read)
+        monkeypatch.setattr(registry._resolved, "_read", read)
         version = read(reference)
         write(registry)
         return version
 
-    monkeypatch.setattr(registry, "read", read_then_write)
+    monkeypatch.setattr(registry._resolved, "_read", read_then_write)
     assert registry.resolve("a").number == 2  # it was, when it was asked
     assert meaning(registry.resolve) == meaning(read)
 
