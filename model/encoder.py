@@ -22,6 +22,7 @@ from model.packed import PackedBatch
 from model.parts import Part, parts_of
 from model.quantized import Int8Unavailable, Linear8
 from model.stack import Panels, Stack
+from model.varlen import VarlenOperators
 
 FINAL = 0  # key of the state after ln_f; the state after block l has the key l, from 1
 
@@ -80,6 +81,17 @@ class BlockWeights:
     ln_2: tuple[Tensor, Tensor | None]
 
 
+def _operators(
+    config: GPTConfig, dtype: torch.dtype, device: torch.device, compiled: bool
+) -> Operators:
+    """The fastest that this device has."""
+    return (
+        (CompiledOperators.where_possible(config, dtype, device) if compiled else None)
+        or VarlenOperators.where_possible(config, dtype, device)
+        or TorchOperators(config, dtype, device)
+    )
+
+
 class Progress:
     """Moves while one caller's batches get on: with every layer of any part of them."""
 
@@ -117,10 +129,7 @@ class Encoder:
         int8: bool = False,
     ) -> None:
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
-        operators = (
-            CompiledOperators.where_possible(config, dtype, self.device) if compiled else None
-        )
-        self.operators: Operators = operators or TorchOperators(config, dtype, self.device)
+        self.operators = _operators(config, dtype, self.device, compiled)
         self.int8 = int8
         self._placed: dict[str, Tensor] = {}
         self._linears: dict[str, Linear | Linear8] = {}
