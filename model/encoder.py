@@ -6,9 +6,8 @@ Equal to model.gpt.GPT, which the tests hold it against; nothing here trains.
 import ctypes
 import math
 from collections.abc import Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -141,9 +140,7 @@ class Encoder:
         )
         self.ln_f = self._pair(tensors, "transformer.ln_f")
         self.stack = self._stack(tensors)
-        self.blocks = (
-            [] if self.stack else [self._block(tensors, layer) for layer in range(config.n_layer)]
-        )
+        self.blocks = [self._block(tensors, layer) for layer in range(config.n_layer)]
         # (V, C) float32: ids are looked up in it, and the mask logits are taken against it
         self.wte = tensors["transformer.wte.weight"].to(self.device, torch.float32)
         cls_embedding = tensors.get("cls_embedding")
@@ -235,7 +232,13 @@ class Encoder:
             for part in parts:
                 self._through_all_layers(part, kept, progress)
         else:
-            list(self._workers.map(self._through_all_layers, parts, repeat(kept), repeat(progress)))
+            running = [
+                self._workers.submit(self._through_all_layers, part, kept, progress)
+                for part in parts
+            ]
+            wait(running)  # all, whichever fails: they read the adapters' memory
+            for part_done in running:
+                part_done.result()
         return kept
 
     def _share_operators(self, tokens: int) -> None:
@@ -271,7 +274,7 @@ class Encoder:
         self, part: Part, kept: Mapping[int, Tensor], progress: Progress
     ) -> None:
         x = self._embed(part.batch.ids)  # (N, C)
-        if self.stack:
+        if self.stack and self.stack.pays(part.lora):
             to = {layer: states[part.start : part.end] for layer, states in kept.items()}
             real = part.end - part.start  # what gaps there are come after it
             self.stack.run(x, part.batch, part.lora, real, to, progress.counter)

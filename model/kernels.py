@@ -23,12 +23,14 @@ from model.stack import address
 
 LIBRARY = "model._kernels"
 HEAD_DIMS = (32, 64, 128)
+LAYOUT = 1  # of what is passed: kernels.cpp has the same number, and both change together
 WIDTH = 32  # what the operators take at a time: n_embd is a multiple of it
 
 log = logging.getLogger("trunkline.model")
 
 _pointer, _int = ctypes.c_void_p, ctypes.c_int64
 SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "trunkline_layout": (),
     "trunkline_permit_tiles": (),
     "trunkline_lay_panels": (_pointer, _int, _int, _pointer),
     "trunkline_stack": (_pointer, _pointer, _pointer, ctypes.c_float, _pointer),
@@ -64,11 +66,16 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         loaded = ctypes.CDLL(spec.origin)
-    except OSError as error:
+        for name, arguments in SIGNATURES.items():
+            getattr(loaded, name).argtypes = arguments
+    except (OSError, AttributeError) as error:  # AttributeError: built from an older source
         log.warning("the compiled operators can't be loaded, torch's are used: %s", error)
         return None
-    for name, arguments in SIGNATURES.items():
-        getattr(loaded, name).argtypes = arguments
+    if loaded.trunkline_layout() != LAYOUT:
+        log.warning(
+            "the compiled operators are of another version, torch's are used: install again"
+        )
+        return None
     return loaded
 
 

@@ -102,15 +102,17 @@ struct Head {
   // softmax's numerators of query m into `shares`; 1 over their sum. `rate` is log2(e) / sqrt(D).
   float soften(int m, float rate) {
     float* row = scores + m * padded;
-    for (int64_t t = length; t < padded; ++t) row[t] = -1e30f;  // finite: infinity less itself is NaN
+    for (int64_t t = length; t < padded; ++t) row[t] = -1.5e38f;  // finite: infinity less itself is NaN
     __m512 most = _mm512_loadu_ps(row);
     for (int64_t t = LANES; t < padded; t += LANES) most = _mm512_max_ps(most, _mm512_loadu_ps(row + t));
-    const __m512 scale = _mm512_set1_ps(rate);
-    const __m512 shift = _mm512_set1_ps(_mm512_reduce_max_ps(most) * rate);
+    // Scaled after the largest is taken off: the other way round its rounding grows with its size.
+    const __m512 scale = _mm512_set1_ps(rate), top = _mm512_set1_ps(_mm512_reduce_max_ps(most));
+    const auto share = [&](const float* from) {
+      return exp2_of(_mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(from), top), scale));
+    };
     __m512 sum = _mm512_setzero_ps();
     for (int64_t t = 0; t < padded; t += 2 * LANES) {
-      const __m512 low = exp2_of(_mm512_fmsub_ps(_mm512_loadu_ps(row + t), scale, shift));
-      const __m512 high = exp2_of(_mm512_fmsub_ps(_mm512_loadu_ps(row + t + LANES), scale, shift));
+      const __m512 low = share(row + t), high = share(row + t + LANES);
       sum = _mm512_add_ps(sum, _mm512_add_ps(low, high));
       _mm512_storeu_si512(shares + m * padded + t, (__m512i)_mm512_cvtne2ps_pbh(high, low));
     }

@@ -16,6 +16,9 @@
 
 #define API extern "C" __attribute__((visibility("default")))
 
+// The version of what these functions are passed; model/kernels.py has the same number.
+API int trunkline_layout() { return 1; }
+
 // Whether the kernel lets this process use AMX; on a processor that has it, before it is used.
 API int trunkline_permit_tiles() { return tiles_permitted(); }
 

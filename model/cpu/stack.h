@@ -50,7 +50,7 @@ int linear_part(const Trunk& trunk, const Part& part, int64_t layer, int64_t sit
 
 // x (tokens, width) is changed in place. `steps` grows with every layer. Not 0: there was no memory.
 template <int D>
-int run_stack(const Trunk& trunk, const Part& part, bf16* x, float eps, volatile int64_t* steps) {
+int run_stack(const Trunk& trunk, const Part& part, bf16* x, float eps, int64_t* steps) {
   static thread_local Scratch memory;
   const int64_t width = trunk.width, size = part.tokens * width;
   char* room = memory.of(6 * size * sizeof(bf16) + part.segments * sizeof(Segment));
@@ -70,7 +70,7 @@ int run_stack(const Trunk& trunk, const Part& part, bf16* x, float eps, volatile
         linear_part<true, false>(trunk, part, layer, 3, wide, 4 * width, x, width, segments))
       return 1;
     if (part.kept[layer + 1]) memcpy((void*)part.kept[layer + 1], x, part.real * width * sizeof(bf16));
-    ++*steps;
+    __atomic_fetch_add(steps, 1, __ATOMIC_RELAXED);  // of several threads
   }
   if (part.kept[0]) {
     norm_part(trunk, part, 2 * trunk.layers, x, normed, eps);
