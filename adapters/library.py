@@ -258,7 +258,9 @@ class Library:
         version = self.registry.resolve(reference)
         if self.slots.is_pinned(version.digest):
             self.registry.set_pinned(version.digest, False, version.name, who)
-        evict = partial(self.slots.evict, version.digest)
+            self.slots.unpin(version.digest)
+        # Whoever pins it before those requests are answered wants it to stay.
+        evict = partial(self.slots.evict, version.digest, spare_pinned=True)
         return version, self.leases.when_drained(version.digest, evict)
 
     def pin(self, reference: str, who: str) -> Version:

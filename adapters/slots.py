@@ -147,9 +147,14 @@ class SlotPool:
                     return False
         return True
 
-    def evict(self, digest: str) -> bool:
-        """Free its slot, at once or when the batch under way ends; False where it has none."""
+    def evict(self, digest: str, spare_pinned: bool = False) -> bool:
+        """Free its slot, at once or when the batch under way ends; False where it has none.
+
+        With `spare_pinned` a pinned one stays as it is.
+        """
         with self._cond:
+            if spare_pinned and digest in self._pinned:
+                return False
             self._wanted.pop(digest, None)
             self._pinned.discard(digest)
             if digest not in self._slots:

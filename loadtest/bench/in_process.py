@@ -57,8 +57,7 @@ class BatchTimes(Metrics):
 
     def rate(self, ends: float) -> float:
         """Tokens a second from the end of the first batch to the first end after `ends`."""
-        counted = [(at, tokens) for at, tokens in self.times if at < ends]
-        counted += self.times[len(counted) : len(counted) + 1]
+        counted = self.times[: max(2, 1 + sum(at < ends for at, _ in self.times))]
         return sum(tokens for _, tokens in counted[1:]) / (counted[-1][0] - counted[0][0])
 
 

@@ -219,7 +219,7 @@ async def _flow(
     ends = time.perf_counter() + window_s
 
     async def keep_asking() -> None:
-        while time.perf_counter() < ends:
+        while time.perf_counter() < ends or len(it.metrics.times) < 2:
             await it.ask([next(rows)], name())
 
     async with asyncio.TaskGroup() as tasks:

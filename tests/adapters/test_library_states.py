@@ -387,3 +387,20 @@ def test_a_damaged_file_is_put_away_at_its_load_and_mended_by_the_same_bytes(
     assert put(library, "a", adapter_file(0)) == version
     assert library.load("a", 10) == (version, True)  # at once: the failure is forgotten
     library.close()
+
+
+def test_a_pin_after_an_unload_stays_when_the_requests_of_before_are_answered(
+    tmp_path: Path,
+) -> None:
+    library = Library(tmp_path, backbone(), encoder(), make_pool)
+    version = put(library, "a", adapter_file(0))
+    put(library, "b", adapter_file(1))
+    library.pin("a", "test")
+    _, lease = library.lease("a")
+    assert library.unload("a", "test")[1] == 1
+    library.pin("b", "test")  # the unload has freed half of the slots at once
+    library.unpin("b", "test")
+    library.pin("a", "test")
+    lease.release()
+    assert library.slots.is_pinned(version.digest)
+    library.close()
