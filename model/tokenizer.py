@@ -35,6 +35,7 @@ class Tokenizer:
         self._swallows_spaces = any(token.lstrip or token.rstrip for token in added)
         self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
         self._known: set[str] = set()
+        self._texts: dict[int, str] = {}
         # Bytes or an unknown token stand in for any character where they stand in for this one.
         self._complete = self._has_token("\U0010fffd")
         rewrites = backend.normalizer is not None or getattr(backend.model, "unk_token", None)
@@ -81,6 +82,13 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=False)
+
+    def text_of(self, token: int) -> str:
+        """`decode` of one token, remembered."""
+        text = self._texts.get(token)
+        if text is None:
+            text = self._texts[token] = self.decode([token])
+        return text
 
     def _refuse_unknown(self, text: str) -> None:
         # A model without an unknown token drops what it lacks and shifts the offsets behind it,

@@ -40,6 +40,7 @@ class Answered:
     results: Sequence[Result]
     received: float  # time.monotonic()
     tokenize_ms: float
+    values: int  # numbers in it, about
 
     @property
     def usage(self) -> dict[str, int]:
@@ -168,7 +169,7 @@ def _mask_entries(result: Result, tokenizer: Tokenizer) -> list[dict[str, Any]]:
         {
             "position": position,
             "top": [
-                {"id": token, "text": tokenizer.decode([token]), "logprob": logprob}
+                {"id": token, "text": tokenizer.text_of(token), "logprob": logprob}
                 for token, logprob in zip(ids, logprobs, strict=True)
             ],
         }

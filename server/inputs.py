@@ -78,7 +78,7 @@ def token_entries(encoded: Encoded, tokenizer: Tokenizer) -> list[dict[str, obje
     """id, text, start and end of every token; start and end are characters, null for id inputs."""
     if encoded.text is None or encoded.offsets is None:
         return [
-            {"id": token, "text": tokenizer.decode([token]), "start": None, "end": None}
+            {"id": token, "text": tokenizer.text_of(token), "start": None, "end": None}
             for token in encoded.ids.tolist()
         ]
     return [

@@ -106,6 +106,11 @@ class Settings(BaseModel):
     )
     max_inputs: int = Field(2048, ge=1, description="Rows of one request; beyond: 413.")
     max_request_tokens: int = Field(131_072, ge=1, description="Tokens of one request.")
+    max_answer_values: int = Field(
+        1 << 24,
+        ge=1,
+        description="Numbers in one answer; a likely token counts 16. Beyond: 413.",
+    )
     max_body_bytes: int = Field(8 << 20, ge=1, description="Bytes of a JSON body; beyond: 413.")
     default_timeout_ms: int = Field(
         30_000, ge=1, description="Deadline of a request that names none."

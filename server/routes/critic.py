@@ -4,13 +4,14 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.answers import JSONAnswer, critic_row, data_rows, label_entries
+from server.answer_size import built
+from server.answers import Answered, JSONAnswer, critic_row, data_rows, label_entries
 from server.bodies import read_json
 from server.engine.job import Ask
 from server.routes.documented import INFER, errors, json_body
 from server.routes.inference import answer
 from server.schemas import ClassifyRequest, CriticRequest
-from server.state import state_of
+from server.state import ServerState, state_of
 
 router = APIRouter(tags=["inference"])
 
@@ -25,6 +26,10 @@ async def critic(request: Request) -> Response:
     state = state_of(request)
     body = await read_json(request, CriticRequest, state.settings.max_body_bytes)
     answered = await answer(request, body, Ask(frozenset({"critic"})))
+    return await built(answered.values, lambda: _critic_answer(answered, state))
+
+
+def _critic_answer(answered: Answered, state: ServerState) -> Response:
     tokenizer = state.backbone.tokenizer
     data = data_rows(answered, lambda row, result: critic_row(row, result, tokenizer))
     return JSONAnswer(answered.envelope(state.backbone.id, data))

@@ -5,9 +5,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from model.encoder import FINAL
+from server.answer_size import built
 from server.answers import (
     OCTET_STREAM,
     SAFETENSORS,
+    Answered,
     EmbeddingForm,
     JSONAnswer,
     data_rows,
@@ -40,6 +42,10 @@ async def encode(request: Request) -> Response:
     if OCTET_STREAM in accept and body.outputs != ["embedding"]:
         raise BadInput(f"{OCTET_STREAM} carries embeddings alone: leave out other outputs")
     answered = await answer(request, body, _ask(body, state))
+    return await built(answered.values, lambda: _response(answered, form, accept, state))
+
+
+def _response(answered: Answered, form: EmbeddingForm, accept: str, state: ServerState) -> Response:
     if OCTET_STREAM in accept:
         return octet_answer(answered, form)
     if SAFETENSORS in accept:

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Sequence
 from starlette.requests import ClientDisconnect, Request
 
 from adapters.errors import TrunklineError
+from server.answer_size import check_values, values_of
 from server.answers import Answered
 from server.connection import CLIENT, Client
 from server.engine.admission import Row
@@ -47,13 +48,15 @@ async def answer_inputs(
     if any(item.text is not None for item in encoded):
         state.metrics.tokenize_seconds.observe(tokenize_s)
     rows = [Row(item.ids, reference) for item in encoded for reference in references]
+    values = values_of([row.ids for row in rows], ask, state.backbone.config)
+    check_values(values, state.settings.max_answer_values)
     timeout_s = (timeout_ms or state.settings.default_timeout_ms) / 1e3
     results = await _run(request, rows, ask, received + timeout_s)
     if all(result.error is not None for result in results):
         assert results[0].error is not None
         raise results[0].error
     spread = [item for item in encoded for _ in references]
-    answered = Answered(spread, results, received, tokenize_s * 1e3)
+    answered = Answered(spread, results, received, tokenize_s * 1e3, values)
     request.scope["state"][FACTS] = answered.facts
     return answered
 

@@ -56,6 +56,7 @@ async def info(request: Request) -> Response:
             "max_queue_tokens",
             "max_inputs",
             "max_request_tokens",
+            "max_answer_values",
             "max_body_bytes",
             "default_timeout_ms",
         }
