@@ -1,6 +1,7 @@
 """create_app: the lifespan and the wiring."""
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from http import HTTPStatus
@@ -46,6 +47,7 @@ HOT = {
     "/classify": critic.classify,
     "/v1/embeddings": openai.embeddings,
 }
+ROUTES = (encode, critic, openai, vllm, tokens, adapters, diff, ops)
 CLIENT_LEFT = 499  # nobody reads it; the log and the metrics show it
 
 
@@ -70,9 +72,14 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.turns = Turns(settings.max_queue_s)
     app.state.server = ServerState(settings, backbone, forward, library, Metrics())
     app.state.server.metrics.watch_residency(lambda: _residency(library))
+    if settings.keys is not None and not settings.keys.exists():
+        raise BadSettings(
+            f"setting keys: {settings.keys} is not there; make a key with "
+            f"`trunkline keys --file {settings.keys} new`, or leave the setting out"
+        )
     keys = settings.keys or (settings.data_dir or default_data_dir()) / "keys.json"
     app.state.keys = KeyRing(keys)
-    for routes in (encode, critic, openai, vllm, tokens, adapters, diff, ops):
+    for routes in ROUTES:
         app.include_router(routes.router)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     app.add_exception_handler(TrunklineError, _refused)
@@ -236,7 +243,8 @@ async def _refused_by_router(request: Request, error: Exception) -> Response:
 def _methods(request: Request) -> list[str]:
     """Those of every route of this path; Starlette tells of the first route alone."""
     methods: set[str] = set()
-    for route in request.app.routes:
+    own = itertools.chain.from_iterable(routes.router.routes for routes in ROUTES)
+    for route in (*request.app.routes, *own):  # those that the app includes show no methods there
         if route.matches(request.scope)[0] != Match.NONE:
             methods |= getattr(route, "methods", None) or set()
     return sorted(methods)

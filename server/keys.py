@@ -26,6 +26,9 @@ ROUNDING = 1e-6  # of a request or token: who waited as told must not be told to
 RELOAD_S = 1.0  # how often the file is looked at
 
 
+_PATTERN = re.compile(r"[a-z0-9._/*?\[\]!-]+")
+
+
 class BadKeys(ValueError):
     """A keys file, or a wish for a key, that can't be, with the sentence for it."""
 
@@ -189,6 +192,12 @@ def read_keys(path: Path) -> list[Key]:
 
 def new_key(path: Path, name: str, **wishes: Any) -> tuple[Key, str]:
     """Add a key to the file; the key and its secret, which is stored nowhere. Raises BadKeys."""
+    for pattern in wishes.get("adapters", ()):
+        if not _PATTERN.fullmatch(pattern):
+            raise BadKeys(
+                f"{pattern!r} matches no adapter: names have a-z, 0-9 and . _ - /, and a pattern "
+                "* ? [ ] beside them"
+            )
     identity = secrets.token_hex(6)
     secret = f"tl_{identity}_{secrets.token_urlsafe(32)}"
     try:

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 import os
 import re
 import tomllib
@@ -19,7 +20,7 @@ BYTES = ("adapter_memory", "host_memory", "max_adapter_bytes", "storage_quota", 
 # What a setting takes, where its type alone doesn't tell.
 WANTED = {
     "device": "auto, cpu, cuda or cuda:N",
-    "fair_shares": "a table of numbers by adapter name (in the environment: a JSON object)",
+    "fair_shares": "a table of numbers above 0 by adapter name (in the environment: a JSON object)",
     **dict.fromkeys(BYTES, "bytes as 2GiB, 512MiB or a whole number"),
 }
 KINDS: dict[Any, str] = {
@@ -57,6 +58,14 @@ class Settings(BaseModel):
     @classmethod
     def _json_of_the_environment(cls, value: object) -> object:
         return json.loads(value) if isinstance(value, str) else value
+
+    @field_validator("fair_shares")
+    @classmethod
+    def _shares_above_0(cls, value: dict[str, float]) -> dict[str, float]:
+        """One of 0 would wait for ever."""
+        if not all(0 < share < math.inf for share in value.values()):
+            raise ValueError("a share is not above 0")
+        return value
 
     backbone: Path | None = Field(None, description="Backbone folder; default: the demo trunk.")
     adapters: Path | None = Field(

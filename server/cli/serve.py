@@ -183,13 +183,13 @@ def _announce(app: FastAPI, settings: Settings, port: int) -> None:
     if settings.log_format == "json":
         # The address is a word of its own, as in the text: who started the server looks for it.
         sentence = f"trunkline {__version__} at {url} serves {state.backbone.id}"
-        announce(sentence, {"url": url} | _facts(state, names))
+        announce(sentence, {"url": url} | _facts(state, app.state.keys, names))
     else:
-        _print_banner(state, names, url)
+        _print_banner(state, app.state.keys, names, url)
     sys.stdout.flush()
 
 
-def _facts(state: ServerState, names: Sequence[str]) -> dict[str, Any]:
+def _facts(state: ServerState, keys: KeyRing, names: Sequence[str]) -> dict[str, Any]:
     return {
         "version": __version__,
         "backbone": state.backbone.id,
@@ -199,10 +199,11 @@ def _facts(state: ServerState, names: Sequence[str]) -> dict[str, Any]:
         "operators": state.operators,
         "adapters": names[:MAX_NAMES],
         "adapter_count": state.library.registry.count(),
+        "keys": str(keys.path) if keys.configured else None,
     }
 
 
-def _print_banner(state: ServerState, names: Sequence[str], url: str) -> None:
+def _print_banner(state: ServerState, keys: KeyRing, names: Sequence[str], url: str) -> None:
     """With a request to try."""
     count = state.library.registry.count()
     adapter = f'"adapter": "{names[0]}", ' if names else ""
@@ -212,8 +213,12 @@ def _print_banner(state: ServerState, names: Sequence[str], url: str) -> None:
         f"({state.operators} operators), at {url}"
     )
     click.echo(f"{count} adapters: {shown}" if names else "no adapters yet: the backbone alone")
+    key = ""
+    if keys.configured:
+        click.echo(f"API keys: {keys.path}")
+        key = "-H 'authorization: Bearer KEY' "
     click.echo(
-        f"try: curl -s {url}/critic -H 'content-type: application/json' \\\n"
+        f"try: curl -s {url}/critic {key}-H 'content-type: application/json' \\\n"
         f'       -d \'{{{adapter}"inputs": "To be, or not to be"}}\''
     )
 

@@ -3,6 +3,7 @@
 import json
 import socket
 
+import httpx
 import pytest
 from conftest import Served
 
@@ -63,3 +64,27 @@ def test_a_head_that_dribbles_is_408_and_an_idle_connection_costs_nobody_else(
     finally:
         for connection in idle:
             connection.close()
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready"])
+def test_balancers_may_ask_by_head(tiny_server: Served, path: str) -> None:
+    with tiny_server.client() as client:
+        answer = client.head(path)
+        assert answer.status_code == 200
+        assert answer.content == b""
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("DELETE", "/health", {"GET", "HEAD"}),
+        ("GET", "/encode", {"POST"}),
+        ("POST", "/adapters/a", {"GET", "PUT", "DELETE"}),
+    ],
+)
+def test_405_names_the_methods_that_there_are(
+    tiny_server: Served, method: str, path: str, allowed: set[str]
+) -> None:
+    answer = httpx.request(method, f"{tiny_server.url}{path}")
+    assert answer.status_code == 405
+    assert set(answer.headers["allow"].split(", ")) >= allowed

@@ -308,3 +308,28 @@ def test_a_bucket_tells_how_long_until_there_is_enough() -> None:
     bucket.take(60)
     assert bucket.wait_s(1) == 60
     assert bucket.wait_s(2) == 120
+
+
+def test_a_keys_file_that_is_named_and_not_there_starts_no_server(
+    tiny_backbone: Path, tmp_path: Path
+) -> None:
+    arguments = ["serve", str(tiny_backbone), "--data", str(tmp_path / "data")]
+    typo = tmp_path / "kyes.json"
+    done = CliRunner().invoke(main, [*arguments, "--keys", str(typo), "--port", "0"])
+    assert done.exit_code == 1
+    assert f"{typo} is not there" in done.output
+
+
+@pytest.mark.parametrize("pattern", ["", "ACME/*", "a b", "ü*"])
+def test_a_pattern_that_no_name_matches_makes_no_key(file: Path, pattern: str) -> None:
+    arguments = ["keys", "--file", str(file), "new", "--adapters", pattern]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 1
+    assert "matches no adapter" in done.output
+    assert not file.exists()
+
+
+def test_the_start_tells_of_keys(keyed: tuple[Served, dict[str, str]], file: Path) -> None:
+    told = keyed[0].log.read_text()
+    assert f"API keys: {file}" in told
+    assert "authorization: Bearer KEY" in told
