@@ -241,11 +241,15 @@ async def _refused_by_router(request: Request, error: Exception) -> Response:
 
 
 def _methods(request: Request) -> list[str]:
-    """Those of every route of this path; Starlette tells of the first route alone."""
-    methods: set[str] = set()
+    """Those of every route of the path that fits first; Starlette tells of one route alone."""
     own = itertools.chain.from_iterable(routes.router.routes for routes in ROUTES)
-    for route in (*request.app.routes, *own):  # those that the app includes show no methods there
-        if route.matches(request.scope)[0] != Match.NONE:
+    # those that the app includes show no methods there
+    fitting = [r for r in (*own, *request.app.routes) if r.matches(request.scope)[0] != Match.NONE]
+    paths = [getattr(route, "path", None) for route in fitting]
+    first = next((path for path in paths if path is not None), None)
+    methods: set[str] = set()
+    for route, path in zip(fitting, paths, strict=True):
+        if path == first:
             methods |= getattr(route, "methods", None) or set()
     return sorted(methods)
 
