@@ -19,6 +19,7 @@ from model.layers import LN_EPS, rotary_table, rotate
 from model.lora import AdapterWeights, LoraBatch
 from model.operators import TorchOperators
 from model.packed import PackedBatch
+from model.stack import Stack
 
 ROUNDING = 2.0**-8  # the most that one rounding to bfloat16 moves a value, of it
 SITE = (0, "mlp.lora_fc")
@@ -294,6 +295,18 @@ def random_adapter(config: GPTConfig, rank: int | None, normed: bool) -> Adapter
     return AdapterWeights(lora, norms)
 
 
+def test_segments_of_a_few_tokens_are_not_for_tiles() -> None:
+    adapter = random_weights(a_config(), 1)
+
+    def lora(*lengths: int) -> LoraBatch:
+        return LoraBatch.of_rows(lengths, [adapter, None] * (len(lengths) // 2))
+
+    assert Stack.pays(lora(16, 16, 32, 48))
+    assert Stack.pays(lora(200, 2))
+    assert not Stack.pays(lora(2, 2, 2, 2))
+    assert not Stack.pays(lora(17, 17))
+
+
 @with_amx
 @settings(deadline=None, max_examples=40)
 @given(
@@ -322,7 +335,9 @@ def test_every_token_of_every_layer_is_the_one_of_torch_s_operators(
     layers = range(config.n_layer + 1)
     fast = Encoder(config, tensors, torch.bfloat16)
     assert fast.stack is not None
-    found = fast.forward(batch, LoraBatch.of_rows(lengths, adapters), layers)
+    with pytest.MonkeyPatch.context() as patch:  # segments of any length, long enough or not
+        patch.setattr("model.stack.MOST_WASTE", float("inf"))
+        found = fast.forward(batch, LoraBatch.of_rows(lengths, adapters), layers)
     plain = Encoder(config, tensors, torch.bfloat16, compiled=False)
     expected = plain.forward(batch, LoraBatch.of_rows(lengths, adapters), layers)
     oracle = Encoder(config, tensors, torch.float32)
