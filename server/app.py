@@ -27,7 +27,7 @@ from server import __version__
 from server.answers import JSONAnswer
 from server.engine.engine import Engine, choose_device, choose_dtype
 from server.engine.forward import Forward
-from server.errors import STATUS, RequestError, error_body, openai_error_body
+from server.errors import STATUS, RequestError, told
 from server.guard import Guard
 from server.hot import HotRoutes
 from server.keys import KeyRing
@@ -36,6 +36,7 @@ from server.middleware import RequestContext
 from server.routes import adapters, critic, diff, encode, openai, ops, tokens, vllm
 from server.routes.documented import with_path_patterns
 from server.settings import BadSettings, Settings, default_data_dir
+from server.shed import Shed
 from server.state import ServerState
 from server.turns import Turns
 
@@ -86,6 +87,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(HTTPException, _refused_by_router)
     app.add_exception_handler(ClientDisconnect, _client_left)
     app.add_exception_handler(Exception, _broken)
+    app.state.shed = Shed(app.state.server, app.state.keys, HOT)
     hot = HotRoutes(app.build_middleware_stack(), HOT, app.exception_handlers)
     inner: ASGIApp = Guard(hot, app.state.keys)
     if settings.otlp_endpoint:
@@ -215,13 +217,8 @@ def _adapter_folder(settings: Settings) -> Path | None:
 
 
 def _answer(request: Request, error: TrunklineError) -> Response:
-    if request.scope["path"].startswith("/v1/"):
-        body = openai_error_body(error)
-    else:
-        body = error_body(error, request.scope["state"].get("request_id"))
-    headers = {}
-    if "retry_after_s" in error.details:
-        headers["retry-after"] = str(error.details["retry_after_s"])
+    scope = request.scope
+    body, headers = told(error, scope["path"], scope["state"].get("request_id"))
     return JSONAnswer(body, STATUS[error.code], headers)
 
 

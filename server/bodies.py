@@ -60,8 +60,7 @@ async def _read_large(request: Request, schema: type[Schema], max_bytes: int) ->
 
 def check_json_headers(request: Request, max_bytes: int) -> int:
     """The body's declared bytes, or LARGE where it declares none and is not all there yet."""
-    kind = header(request, b"content-type").partition(";")[0].strip().lower()
-    if kind != "application/json":
+    if not is_json(header(request, b"content-type")):
         raise RequestError("unsupported_media_type", "the body must be application/json")
     if header(request, b"content-encoding", "identity").lower() != "identity":
         raise RequestError("unsupported_media_type", "a body with a Content-Encoding is not read")
@@ -72,6 +71,10 @@ def check_json_headers(request: Request, max_bytes: int) -> int:
     if int(length[:20]) > max_bytes:
         raise _too_large(max_bytes)
     return int(length)
+
+
+def is_json(content_type: str) -> bool:
+    return content_type.partition(";")[0].strip().lower() == "application/json"
 
 
 def header(request: Request, name: bytes, default: str = "") -> str:

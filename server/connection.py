@@ -1,17 +1,18 @@
 """uvicorn's connection with the bounds that it lacks: header bytes, header time, one Host."""
 
 import asyncio
-import http
 import json
 import re
 import sys
 import uuid
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from starlette.types import Scope
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from server.corked import Corked
 from server.errors import STATUS, RequestError, error_body
@@ -22,6 +23,19 @@ BODY_READ_BYTES = 256 << 10  # at once, of a body that a handler has asked for
 HEADER_TIMEOUT_S = 10.0
 CLIENT = "trunkline.client"  # of a scope: its Client
 _LINE = re.compile(rb"[A-Z]+ /[!-~]* HTTP/1\.[01]\r\n")  # a request, whatever its method
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An answer that needs no handler."""
+
+    status: int
+    headers: list[tuple[bytes, bytes]]  # without the body's length
+    body: bytes
+    last: bool = False  # the connection is to be closed after it
+
+
+Shed = Callable[[Scope, bytes], Refusal | None]  # of a request and its whole body
 
 
 class Client:
@@ -41,9 +55,19 @@ class Client:
 
 
 class Connection(HttpToolsProtocol):
-    """A head over 64 KiB is 431, one that dribbles 408, one without its Host 400; then closed."""
+    """A head over 64 KiB is 431, one that dribbles 408, one without its Host 400; then closed.
+
+    A request that came whole in one read is shown to `shed` before the application: what it
+    refuses gets no task.
+    """
 
     header_timeout_s = HEADER_TIMEOUT_S
+
+    def __init__(self, *options: Any, shed: Shed | None = None, **more: Any) -> None:
+        super().__init__(*options, **more)
+        self._shed = shed
+        self._reading = False
+        self._to_begin: tuple[Any, Any] | None = None  # a cycle and its app, of this read
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(Corked(transport, self.loop))  # type: ignore[arg-type]
@@ -90,7 +114,10 @@ class Connection(HttpToolsProtocol):
                 self._start = data[:256]
             self._head_bytes += len(data)
         began_in_head = self._in_head
+        self._reading = True
         super().data_received(data)
+        self._reading = False
+        self._begin()
         if self.transport.is_closing():
             return
         if began_in_head and self.in_body:
@@ -105,16 +132,44 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._in_head, self._head_bytes = False, 0
         self._head_is_there()
-        hosts = sum(name == b"host" for name, _ in self.headers)
+        hosts, size = 0, len(self.url)
+        for name, value in self.headers:
+            hosts += name == b"host"
+            size += len(name) + len(value) + 4
         if hosts != 1 and (hosts or self.parser.get_http_version() == "1.1"):
             raise BadHead("malformed_request", "a request has one Host header")
-        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
         if size > MAX_HEADER_BYTES:
             raise BadHead("headers_too_large", f"the head may have {MAX_HEADER_BYTES} bytes")
         self._client = Client()
         self._clients.append(self._client)
         self.scope[CLIENT] = self._client  # type: ignore[literal-required]
         super().on_headers_complete()
+
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        """Not in the midst of a read, which may hold the request's body too."""
+        if self._reading:
+            self._to_begin = cycle, app
+        else:
+            super()._start_asgi_task(cycle, app)
+
+    def _begin(self) -> None:
+        if self._to_begin is None:
+            return
+        (cycle, app), self._to_begin = self._to_begin, None
+        if not self._refused_whole(cycle):
+            super()._start_asgi_task(cycle, app)
+
+    def _refused_whole(self, cycle: Any) -> bool:
+        """Whether `shed` has refused it; it is answered then."""
+        if self._shed is None or cycle.more_body or cycle.disconnected or self.flow.write_paused:
+            return False
+        refusal = self._shed(cycle.scope, bytes(cycle.body))
+        if refusal is None:
+            return False
+        cycle.response_started = cycle.response_complete = True
+        self._answer(refusal, keep=cycle.keep_alive and not refusal.last)
+        cycle.on_response()
+        return True
 
     def on_message_complete(self) -> None:
         self._client.sent_all = True
@@ -148,15 +203,20 @@ class Connection(HttpToolsProtocol):
             self.cycle.message_event.set()
         request_id = uuid.uuid4().hex
         body = json.dumps(error_body(RequestError(code, sentence), request_id)).encode()
-        status = http.HTTPStatus(STATUS[code])
-        allow = "allow: GET, HEAD, POST, PUT, DELETE\r\n" if code == "method_not_allowed" else ""
-        head = (
-            f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\n"
-            f"content-length: {len(body)}\r\nx-request-id: {request_id}\r\n{allow}"
-            "connection: close\r\n\r\n"
-        )
-        self.transport.write(head.encode() + body)
-        self.transport.close()
+        headers = [(b"content-type", b"application/json"), (b"x-request-id", request_id.encode())]
+        if code == "method_not_allowed":
+            headers.append((b"allow", b"GET, HEAD, POST, PUT, DELETE"))
+        self._answer(Refusal(STATUS[code], headers, body), keep=False)
+
+    def _answer(self, refusal: Refusal, keep: bool) -> None:
+        """Without a task; the connection is closed after it unless it is to `keep`."""
+        headers = [*refusal.headers, (b"content-length", b"%d" % len(refusal.body))]
+        if not keep:
+            headers.append((b"connection", b"close"))
+        lines = b"".join([b"%s: %s\r\n" % header for header in headers])
+        self.transport.write(STATUS_LINE[refusal.status] + lines + b"\r\n" + refusal.body)
+        if not keep:
+            self.transport.close()
 
 
 class BoundedReads(asyncio.BufferedProtocol):

@@ -58,6 +58,14 @@ class RequestError(TrunklineError):
         self.code = code
 
 
+def told(error: TrunklineError, path: str, request_id: str | None) -> tuple[Any, dict[str, str]]:
+    """The body and the headers that tell of the error to who asked for this path."""
+    body = openai_error_body(error) if path.startswith("/v1/") else error_body(error, request_id)
+    if "retry_after_s" in error.details:
+        return body, {"retry-after": str(error.details["retry_after_s"])}
+    return body, {}
+
+
 def error_body(error: TrunklineError, request_id: str | None) -> dict[str, Any]:
     """The one error shape of API.md; it never holds what the client sent."""
     shape = {"code": error.code, "message": error.message, "details": error.details}

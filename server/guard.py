@@ -6,8 +6,9 @@ from functools import lru_cache
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from adapters.names import BASE
 from server.answers import JSONAnswer
-from server.errors import STATUS, RequestError, error_body, openai_error_body
+from server.errors import STATUS, RequestError, told
 from server.keys import Caller, KeyRing
 
 PUBLIC = {"/", "/health", "/ready", "/docs", "/openapi.json"}
@@ -37,17 +38,21 @@ class Guard:
         await self.app(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> RequestError | None:
-        secret = _secret(scope)
-        caller = self.keys.caller(secret) if secret else None
+        caller = self.keys.caller_of(scope["headers"])
         if caller is None:
             return RequestError("unauthorized", "a valid API key is needed")
-        if not caller.key.scopes & needed(scope["method"], scope["path"]):
+        if not may_ask(caller, scope["method"], scope["path"]):
             return RequestError("forbidden", "the key's scopes do not allow this")
         wait = caller.take_request()
         if wait:
             return RequestError("quota_exceeded", "the key's quota is used up", retry_after_s=wait)
         scope["state"]["caller"] = caller
         return None
+
+
+def may_ask(caller: Caller, method: str, path: str) -> bool:
+    """Whether the key's scopes allow it."""
+    return bool(caller.key.scopes & needed(method, path))
 
 
 @lru_cache(maxsize=256)
@@ -66,33 +71,19 @@ def caller_of(request: Request) -> Caller | None:
 def check_adapter(request: Request, reference: str | None) -> None:
     """Raises RequestError where the request's key may not use this adapter; base is everybody's."""
     caller = caller_of(request)
-    if caller is None or reference in (None, "base"):
-        return
-    if not caller.key.may_use(reference.partition("@")[0]):
+    if caller is not None and not may_use(caller, reference):
         raise RequestError("forbidden", "the key may not use this adapter")
 
 
-def _secret(scope: Scope) -> bytes | None:
-    for name, value in scope["headers"]:
-        if name == b"authorization" and value[:7].lower() == b"bearer ":
-            bearer: bytes = value[7:].strip()
-            return bearer
-        if name == b"x-api-key":
-            key: bytes = value
-            return key
-    return None
+def may_use(caller: Caller, reference: str | None) -> bool:
+    """Whether the key may use this adapter; base is everybody's."""
+    return reference in (None, BASE) or caller.key.may_use(reference.partition("@")[0])
 
 
 async def _refuse(error: RequestError, scope: Scope, receive: Receive, send: Send) -> None:
-    if scope["path"].startswith("/v1/"):
-        body = openai_error_body(error)
-    else:
-        body = error_body(error, scope["state"].get("request_id"))
-    headers = {}
+    body, headers = told(error, scope["path"], scope["state"].get("request_id"))
     if error.code == "unauthorized":
         headers["www-authenticate"] = "Bearer"
-    if "retry_after_s" in error.details:
-        headers["retry-after"] = str(error.details["retry_after_s"])
     if any(name in (b"content-length", b"transfer-encoding") for name, _ in scope["headers"]):
         headers["connection"] = "close"  # the body is not read, so nothing can follow it
     await JSONAnswer(body, STATUS[error.code], headers)(scope, receive, send)

@@ -10,7 +10,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -137,6 +137,15 @@ class KeyRing:
         self.configured = False
         if path.exists():
             self._load()
+
+    def caller_of(self, headers: Iterable[tuple[bytes, bytes]]) -> Caller | None:
+        """Whose request it is, by its headers in lower case; None without a live key."""
+        for name, value in headers:
+            if name == b"authorization" and value[:7].lower() == b"bearer ":
+                return self.caller(value[7:].strip())
+            if name == b"x-api-key":
+                return self.caller(value)
+        return None
 
     def caller(self, secret: bytes) -> Caller | None:
         """Whose secret this is. The secret itself is compared in constant time, by its hash."""

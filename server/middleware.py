@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import Callable
 from http import HTTPStatus
+from typing import Any
 from urllib.parse import quote
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -29,7 +30,7 @@ class RequestContext:
             await self.app(scope, receive, send)
             return
         began = time.monotonic()
-        request_id = _request_id(scope)
+        request_id = request_id_of(scope)
         state = scope.setdefault("state", {})
         state |= {"request_id": request_id.decode(), "received": began, FACTS: dict}
         REQUEST_ID.set(state["request_id"])
@@ -49,18 +50,31 @@ class RequestContext:
         try:
             await self.app(scope, receive, send_with_id)
         finally:
-            seconds = time.monotonic() - began
             route = getattr(scope.get("route"), "path", "unmatched")
-            self.metrics.request(route, status, seconds)
-            if log.isEnabledFor(logging.INFO):
-                path = quote(scope["path"])  # no line end of a client's gets into the log
-                facts = {"method": scope["method"], "path": path, "route": route, "status": status}
-                facts |= {"total_ms": round(seconds * 1e3, 3)} | state[FACTS]()
-                values = (scope["method"], path, status, seconds * 1e3)
-                log.info("%s %s %d %.1f ms", *values, extra={FACTS: facts})
+            note_answer(self.metrics, scope, route, status, began, state[FACTS])
 
 
-def _request_id(scope: Scope) -> bytes:
+def note_answer(
+    metrics: Metrics,
+    scope: Scope,
+    route: str,
+    status: int,
+    began: float,
+    more: Callable[[], dict[str, Any]] = dict,
+) -> None:
+    """The metrics and the log line of an answer to what came then (time.monotonic())."""
+    seconds = time.monotonic() - began
+    metrics.request(route, status, seconds)
+    if log.isEnabledFor(logging.INFO):
+        path = quote(scope["path"])  # no line end of a client's gets into the log
+        facts = {"method": scope["method"], "path": path, "route": route, "status": status}
+        facts |= {"total_ms": round(seconds * 1e3, 3)} | more()
+        values = (scope["method"], path, status, seconds * 1e3)
+        log.info("%s %s %d %.1f ms", *values, extra={FACTS: facts})
+
+
+def request_id_of(scope: Scope) -> bytes:
+    """The client's x-request-id, if sane; else one that is made."""
     for name, value in scope["headers"]:
         if name == b"x-request-id" and _SANE_ID.fullmatch(value):
             sane: bytes = value

@@ -17,7 +17,7 @@ from uvicorn.server import ServerState
 from adapters.errors import Invalid
 from adapters.format import parse_header
 from server.bodies import parse, parse_json
-from server.connection import Connection
+from server.connection import Connection, Refusal
 from server.errors import MAX_ERROR_BYTES, STATUS, RequestError, error_body
 from server.schemas import EncodeRequest
 
@@ -93,6 +93,11 @@ async def _answer(scope: Scope, receive: Receive, send: Send) -> None:
     await send({"type": "http.response.body", "body": b"ok"})
 
 
+def _shed(_: Scope, body: bytes) -> Refusal | None:
+    """Refuses some of what came whole."""
+    return Refusal(429, [], b"{}") if len(body) % 2 else None
+
+
 def check_head(data: bytes) -> bool:
     """Some bytes on a connection, in two pieces: answers of the table, and nothing raised."""
     return asyncio.run(_check_head(data))
@@ -105,7 +110,7 @@ async def _check_head(data: bytes) -> bool:
     wire, faults = Wire(), []
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(lambda _, context: faults.append(context))
-    connection = Connection(config, ServerState(), {}, loop)
+    connection = Connection(config, ServerState(), {}, loop, shed=_shed)
     connection.connection_made(wire)
     for part in (data[: len(data) // 2], data[len(data) // 2 :]):
         if part and not wire.closed:

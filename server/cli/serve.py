@@ -9,6 +9,7 @@ import sys
 import threading
 import typing
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any, Literal
@@ -32,6 +33,9 @@ log = logging.getLogger("trunkline.serve")
 
 MAX_NAMES = 8  # of adapters, told at the start
 ENGINE_LOST = 70  # exit status: the engine died or is stuck; start the server again
+# Longer than clients and balancers keep an idle connection: who closes first risks the request that
+# is on its way. uvicorn's 5 s are httpx's own.
+KEEP_ALIVE_S = 75
 YOUNG_OBJECTS = 10_000  # before they are looked through for cycles
 START_FAULTS = (BadSettings, BadKeys, BackboneError, Int8Unavailable, TrunklineError)
 NOT_FLAGS = {"backbone", "fair_shares"}  # an argument; a table of the TOML file
@@ -81,12 +85,13 @@ def _serve(backbone: Path | None, config: Path | None, **flags: Any) -> None:
             direct(app),
             host=settings.host,
             port=settings.port,
-            http=BoundedReads,  # type: ignore[arg-type]
+            http=partial(BoundedReads, shed=app.state.shed),  # type: ignore[arg-type]
             ws="none",
             log_config=None,
             access_log=False,
             server_header=False,
             proxy_headers=False,  # nothing here asks who the client is
+            timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=settings.grace_s,
         ),
         app.state.server,

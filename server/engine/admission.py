@@ -146,14 +146,30 @@ class Admission:
 
         Raises as Library.version for a reference to nothing.
         """
+        error = self.late(references, min(self.max_wait_s, deadline - time.monotonic()), key)
+        if error is not None:
+            raise error
+
+    @property
+    def crowded(self) -> bool:
+        """Whether there is any line now whose rows may be refused for their wait."""
+        return self.rate.seconds(self.permits.held) > self.max_wait_s
+
+    def late(
+        self, references: Collection[str | None], most_s: float, key: str
+    ) -> Overloaded | None:
+        """The refusal of rows that would wait for more than `most_s`; None: there is time.
+
+        Raises as Library.version for a reference to nothing.
+        """
         lines = [line_key(key, self._version(reference)) for reference in references]
         if not self.permits.held:
-            return
+            return None
         wait_s = self.rate.seconds(self.queue.ahead(lines, self.permits.held))
-        most_s = min(self.max_wait_s, deadline - time.monotonic())
-        if wait_s > most_s:
-            sentence = f"a row would wait for {wait_s:.1f} s, and may for {most_s:.1f} s"
-            raise overloaded(sentence, wait_s - most_s)
+        if wait_s <= most_s:
+            return None
+        sentence = f"a row would wait for {wait_s:.1f} s, and may for {most_s:.1f} s"
+        return overloaded(sentence, wait_s - most_s)
 
     def _version(self, reference: str | None) -> Version | None:
         if reference is None or reference == BASE:

@@ -3,8 +3,9 @@
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 from adapters.errors import TrunklineError
 from adapters.slots import Slot
@@ -49,30 +50,36 @@ class Taken:
 
 
 class JobQueue:
-    """Deficit round robin over lines (Shreedhar and Varghese 1995). Any thread puts.
+    """Deficit round robin over lines (Shreedhar and Varghese 1995), new lines first (RFC 8290).
 
     In its turn a line may send QUANTUM * weight tokens more, so a hot adapter can't starve the
-    others; a turn that a full batch cuts short goes on in the next. A line whose adapter is not
-    resident waits, alone, until its load is done.
+    others; a turn that a full batch cuts short goes on in the next. A line that had nothing
+    waiting in the last round has its turn at once: who asks for little waits for no flood. A line
+    whose adapter is not resident waits, alone, until its load is done.
     """
 
     def __init__(self, weights: Mapping[str, float] | None = None) -> None:
         self._weights = dict(weights or {})  # adapter name -> share, 1 where not named
-        self._lines: OrderedDict[LineKey, Line] = OrderedDict()
-        self._weight = 0.0  # of all lines
+        # In the order of their turns; all of the new before any of the round. One that was emptied
+        # stays in the round until its turn would come, so that it is not new again before that.
+        self._new: OrderedDict[LineKey, Line] = OrderedDict()
+        self._round: OrderedDict[LineKey, Line] = OrderedDict()
+        self._weight = 0.0  # of the lines that have jobs
         self._tokens = 0  # of all lines
         self._changed = threading.Condition()
         self._closed = False
 
     def __len__(self) -> int:
         with self._changed:
-            return sum(len(line.jobs) for line in self._lines.values())
+            return sum(len(line.jobs) for line in self._lines())
 
     def put(self, jobs: Sequence[Job]) -> None:
         """`wake` is to follow; a device thread that is awake may take them before it."""
         with self._changed:
             for job in jobs:
                 line = self._line(job)
+                if not line.jobs:
+                    self._weight += line.weight
                 line.jobs.append(job)
                 line.tokens += job.tokens
                 self._tokens += job.tokens
@@ -88,15 +95,18 @@ class JobQueue:
             return min(waiting, on_device + max(map(self._ahead, keys)))
 
     def _ahead(self, key: LineKey) -> float:
-        line = self._lines.get(key)
+        line = self._new.get(key) or self._round.get(key)
         return line.tokens * self._weight / line.weight if line is not None else 0.0
 
     def _line(self, job: Job) -> Line:
         key = line_key(job.key, job.adapter)
-        if key not in self._lines:
-            self._lines[key] = Line(self._weights.get(key[1], 1.0))
-            self._weight += self._lines[key].weight
-        return self._lines[key]
+        line = self._new.get(key) or self._round.get(key)
+        if line is None:
+            line = self._new[key] = Line(self._weights.get(key[1], 1.0))
+        return line
+
+    def _lines(self) -> Iterator[Line]:
+        return chain(self._new.values(), self._round.values())
 
     def wake(self) -> None:
         """Jobs were put, or a load has ended: lines that waited for it may go on."""
@@ -122,19 +132,25 @@ class JobQueue:
 
     def _deal(self, budget: int, hold: Hold) -> Taken:
         taken, left = Taken(), budget
-        turns = deque(self._lines)
+        turns = deque([*self._new, *self._round])
         while turns and left > 0:
             key = turns.popleft()
-            line = self._lines[key]
-            if not self._hold(line, hold, taken):
+            line = self._new.get(key) or self._round[key]
+            if not line.jobs:
+                del self._round[key]  # a whole round without a job
                 continue
-            if line.deficit < line.jobs[0].tokens:  # else a full batch cut its last turn short
-                line.deficit += QUANTUM * line.weight
-            left -= self._send(line, left, taken)
-            if line.jobs and line.deficit < line.jobs[0].tokens:
-                self._lines.move_to_end(key)
+            if self._hold(line, hold, taken):
+                if line.deficit < line.jobs[0].tokens:  # else a full batch cut its last turn short
+                    line.deficit += QUANTUM * line.weight
+                left -= self._send(line, left, taken)
+            elif line.jobs:
+                continue  # until its load is done
+            if not line.jobs:
+                line.deficit = 0.0
+            if not line.jobs or line.deficit < line.jobs[0].tokens:
+                self._end_turn(key, line)
                 turns.append(key)
-        self._drop_empty_lines()
+        self._weight = sum(line.weight for line in self._lines() if line.jobs)
         gone = [*taken.jobs, *taken.unwanted, *(job for job, _ in taken.failed)]
         self._tokens -= sum(job.tokens for job in gone)
         return taken
@@ -171,9 +187,10 @@ class JobQueue:
             _drop_unwanted(line, taken)
         return sent
 
-    def _drop_empty_lines(self) -> None:
-        for key in [key for key, line in self._lines.items() if not line.jobs]:
-            self._weight -= self._lines.pop(key).weight
+    def _end_turn(self, key: LineKey, line: Line) -> None:
+        self._new.pop(key, None)
+        self._round[key] = line
+        self._round.move_to_end(key)
 
 
 def line_key(key: str, adapter: Version | None) -> LineKey:

@@ -16,7 +16,7 @@ from adapters.slots import Slot
 from adapters.validate import Manifest
 from adapters.versions import Record, Version
 from server.engine.job import Ask, Job, Reply
-from server.engine.queue import JobQueue
+from server.engine.queue import QUANTUM, JobQueue
 
 ASK = Ask(frozenset({"embedding"}))
 
@@ -88,6 +88,28 @@ def test_shares_weight_the_tokens() -> None:
     for _ in range(20):
         sent += tokens_by_name(queue.take(4096, slot).jobs)
     assert sent["gold"] / sent["plain"] == pytest.approx(3, rel=0.1)
+
+
+def test_who_had_nothing_waiting_goes_before_a_flood_of_many_adapters() -> None:
+    queue = JobQueue()
+    flood = [f"flood-{number}" for number in range(100)]
+    queue.put([job(name, 128) for name in flood for _ in range(100)])
+    queue.take(100 * QUANTUM, slot)  # their first turns, as new lines
+    queue.put([job("quiet", 128)])
+    queue.put([job("other", 128)])
+    first = queue.take(1024, slot).jobs
+    assert [each.adapter.name for each in first[:2] if each.adapter] == ["quiet", "other"]
+
+
+def test_who_was_served_as_new_waits_for_the_round_before_it_is_new_again() -> None:
+    queue = JobQueue()
+    queue.put([job(f"flood-{number}", 128) for number in range(8) for _ in range(1000)])
+    sent: Counter[str] = Counter()
+    for _ in range(64):
+        queue.put([job("greedy", 128)])  # one as soon as the last was taken
+        sent += tokens_by_name(queue.take(512, slot).jobs)
+    assert sent["greedy"] <= 1.1 * sent["flood-0"]
+    assert min(sent.values()) > 0.8 * sum(sent.values()) / 9
 
 
 def test_a_cold_adapter_delays_only_its_own_jobs() -> None:
