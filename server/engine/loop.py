@@ -22,6 +22,10 @@ from server.metrics import Metrics, Ran
 log = logging.getLogger("trunkline.engine")
 
 
+# A batch takes about so long at most, since whoever comes next waits for it: on a slow device it
+# has fewer tokens than it may have. LEAST_TOKENS keep the device's rate up.
+BATCH_S = 0.25
+LEAST_TOKENS = 1024
 BACKLOG_S = 0.5  # jobs that waited for so long: the device has as much to do as it can
 
 
@@ -62,7 +66,8 @@ class EngineLoop:
             self.events.call_soon_threadsafe(self.died)
 
     def step(self) -> None:
-        taken = self.queue.take(self.max_batch_tokens, self.slots.hold)
+        budget = self._budget()
+        taken = self.queue.take(budget, self.slots.hold)
         self._refuse(taken)
         if not taken.jobs:
             return
@@ -77,7 +82,7 @@ class EngineLoop:
         now = time.monotonic()
         oldest = min(job.admitted for job in jobs)
         # A small batch of a server with little to do says nothing of what it could do.
-        if 2 * tokens >= self.max_batch_tokens or began - oldest > BACKLOG_S:
+        if 2 * tokens >= budget or began - oldest > BACKLOG_S:
             # What lies between two batches counts too, as long as there was work to do.
             self.rate.note(tokens, now - max(self._ended, oldest))
         self._ended = now
@@ -87,6 +92,13 @@ class EngineLoop:
         ]
         self.metrics.batch(ran, now - began)
         self._reply(jobs, results, began)
+
+    def _budget(self) -> int:
+        """Tokens of the next batch at most."""
+        token_s = self.rate.seconds(1)
+        if not token_s:
+            return self.max_batch_tokens
+        return min(self.max_batch_tokens, max(LEAST_TOKENS, int(BATCH_S / token_s)))
 
     def _run_jobs(self, jobs: Sequence[Job], slots: Mapping[str, Slot]) -> list[tuple[Job, Result]]:
         """Every job with its result. A batch that fails, or finds no memory, is run in halves, so

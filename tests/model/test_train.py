@@ -272,7 +272,7 @@ def test_masked_adapter_learns_its_domain(trunk: Path, tmp_path: Path) -> None:
     data.write_text("Upon the old barn lies a big cat, its food the floor of a house.\n" * 200)
     test = tmp_path / "test.txt"
     test.write_text("Upon the old barn lies a big cat, its food the floor of a house.\n" * 5)
-    arguments = ["--objective", "masked", "--test", test, "--epochs", "10"]
+    arguments = ["--objective", "masked", "--test", test, "--epochs", "25"]
     adapter = train_adapter(trunk, data, tmp_path / "a.safetensors", *arguments)
     assert json.loads(adapter.metadata["metrics"])["masked_accuracy"] > 0.5
     assert "critic_head.weight" in adapter.tensors
