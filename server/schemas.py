@@ -19,6 +19,7 @@ from server.bodies import InputFault
 from server.engine.job import Ids
 
 REFERENCE_PATTERN = NAME_PATTERN.removesuffix("$") + "(@[a-z0-9][a-z0-9._:-]*)?$"
+MAX_ADAPTERS = 256  # of one request
 Output = Literal["embedding", "tokens", "critic", "logits", "labels"]
 OUTPUTS = (
     "embedding: the pooled row. tokens: each token with its state. critic: how likely each token "
@@ -112,7 +113,7 @@ class InferenceRequest(StrictModel):
     """What /encode, /critic and /classify have in common."""
 
     adapter: Reference | None = None
-    adapters: Annotated[list[Reference] | None, Field(min_length=1, max_length=256)] = None
+    adapters: Annotated[list[Reference] | None, Field(min_length=1, max_length=MAX_ADAPTERS)] = None
     inputs: Inputs
     truncate: bool = False
     timeout_ms: Annotated[int, Field(ge=1, le=3_600_000)] | None = None

@@ -20,6 +20,7 @@ from server.errors import STATUS, told
 from server.guard import may_ask, may_use
 from server.keys import Caller, KeyRing
 from server.middleware import note_answer, request_id_of
+from server.schemas import MAX_ADAPTERS
 from server.state import ServerState
 
 
@@ -58,6 +59,7 @@ class Shed:
 
     def _error(self, scope: Scope, references: Collection[str | None]) -> Overloaded | None:
         caller = None
+        self._keys.refresh()
         if self._keys.configured:
             caller = self._keys.caller_of(scope["headers"])
             if caller is None or not _allowed(caller, scope, references):
@@ -77,7 +79,8 @@ class Shed:
         content, more = told(error, scope["path"], request_id.decode())
         headers = [(b"content-type", b"application/json"), (b"x-request-id", request_id)]
         headers += [(name.encode(), value.encode()) for name, value in more.items()]
-        note_answer(self._state.metrics, scope, scope["path"], status, began)
+        facts = {"request_id": request_id.decode()}  # no task's context has it
+        note_answer(self._state.metrics, scope, scope["path"], status, began, lambda: facts)
         return Refusal(status, headers, orjson.dumps(content), last=self._state.draining)
 
 
@@ -101,4 +104,6 @@ def _references(scope: Scope, body: bytes, backbone_id: str) -> Collection[str |
         return (named.model,) if named.model not in (None, backbone_id) else ()
     if named.adapters is None:
         return (named.adapter,)
-    return set(named.adapters) if named.adapter is None else ()
+    if named.adapter is not None or len(named.adapters) > MAX_ADAPTERS:
+        return ()
+    return set(named.adapters)

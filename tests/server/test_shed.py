@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import json
+import logging
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -19,7 +20,8 @@ from uvicorn.server import ServerState
 
 from server.app import create_app, direct
 from server.connection import Connection
-from server.keys import Quota, new_key
+from server.keys import RELOAD_S, Quota, new_key, revoke_key
+from server.logs import FACTS
 from server.settings import load_settings
 
 ANSWERED_WITHIN_S = 10.0
@@ -129,12 +131,12 @@ async def serving(backbone: Path, folder: Path) -> AsyncIterator[Server]:
         (PLAIN | {"adapter": "plain@7"}, {}, "version_not_found", False),
         (PLAIN | {"adapter": "NO NAME"}, {}, None, False),
         (PLAIN | {"adapters": ["base"]}, {}, "validation_error", False),
+        ({"adapters": ["plain"] * 257, "inputs": "abc"}, {}, "validation_error", False),
         ({"adapter": 5, "inputs": "abc"}, {}, "validation_error", False),
         (PLAIN, {"kind": "cbor"}, "unsupported_media_type", False),
         (b"{" + b'"a":[' * 5000, {}, "malformed_json", False),
         (b"[1]", {}, "validation_error", False),
     ],
-    ids=str,
 )
 def test_a_crowded_server_answers_from_the_bytes_as_it_does_behind_them(
     tiny_backbone: Path, tmp_path: Path, body: Any, options: dict, code: str | None, shed: bool
@@ -186,6 +188,38 @@ def test_what_is_shed_is_counted_and_takes_from_the_key_s_quota(
             assert server.metric("request_seconds_count", route="/encode") == 1
 
     asyncio.run(ask())
+
+
+def test_a_revoked_key_is_not_shed_but_told(tiny_backbone: Path, tmp_path: Path) -> None:
+    async def ask() -> None:
+        async with serving(tiny_backbone, tmp_path) as server:
+            server.crowd()
+            revoke_key(tmp_path / "keys.json", server.secrets["any"].split("_")[1])
+            await asyncio.sleep(RELOAD_S)
+            assert (await server.ask(PLAIN)).code == "unauthorized"
+
+    asyncio.run(ask())
+
+
+def test_the_log_line_of_what_is_shed_has_its_request_id(
+    tiny_backbone: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def ask() -> str:
+        async with serving(tiny_backbone, tmp_path) as server:
+            server.crowd()
+            return (await server.ask(PLAIN)).headers["x-request-id"]
+
+    with caplog.at_level(logging.INFO, "trunkline.access"):
+        identity = asyncio.run(ask())
+    (record,) = [each for each in caplog.records if each.name == "trunkline.access"]
+    assert record.__dict__[FACTS] | {"total_ms": 0} == {
+        "method": "POST",
+        "path": "/encode",
+        "route": "/encode",
+        "status": 503,
+        "total_ms": 0,
+        "request_id": identity,
+    }
 
 
 def test_requests_behind_a_shed_one_in_the_same_read_are_answered_in_their_order(
