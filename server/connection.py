@@ -35,7 +35,7 @@ class Refusal:
     last: bool = False  # the connection is to be closed after it
 
 
-Shed = Callable[[Scope, bytes], Refusal | None]  # of a request and its whole body
+Refuse = Callable[[Scope, bytes], Refusal | None]  # of a request and its whole body
 
 
 class Client:
@@ -63,7 +63,7 @@ class Connection(HttpToolsProtocol):
 
     header_timeout_s = HEADER_TIMEOUT_S
 
-    def __init__(self, *options: Any, shed: Shed | None = None, **more: Any) -> None:
+    def __init__(self, *options: Any, shed: Refuse | None = None, **more: Any) -> None:
         super().__init__(*options, **more)
         self._shed = shed
         self._reading = False

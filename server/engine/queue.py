@@ -95,15 +95,18 @@ class JobQueue:
             return min(waiting, on_device + max(map(self._ahead, keys)))
 
     def _ahead(self, key: LineKey) -> float:
-        line = self._new.get(key) or self._round.get(key)
+        line = self._find(key)
         return line.tokens * self._weight / line.weight if line is not None else 0.0
 
     def _line(self, job: Job) -> Line:
         key = line_key(job.key, job.adapter)
-        line = self._new.get(key) or self._round.get(key)
+        line = self._find(key)
         if line is None:
             line = self._new[key] = Line(self._weights.get(key[1], 1.0))
         return line
+
+    def _find(self, key: LineKey) -> Line | None:
+        return self._new.get(key) or self._round.get(key)
 
     def _lines(self) -> Iterator[Line]:
         return chain(self._new.values(), self._round.values())
