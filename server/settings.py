@@ -106,7 +106,10 @@ class Settings(BaseModel):
     debug_slots: bool = Field(False, description="Fill freed slots with NaN.")
     max_batch_tokens: int = Field(4096, ge=1, description="Tokens in one batch.")
     max_queue_tokens: int = Field(
-        262_144, ge=1, description="Tokens admitted and not answered yet; beyond: 503 overloaded."
+        524_288,
+        ge=1,
+        description="Tokens admitted and not answered yet; one key and adapter fills half. "
+        "Beyond: 503 overloaded.",
     )
     max_queue_s: float = Field(
         2.0,

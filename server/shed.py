@@ -67,7 +67,7 @@ class Shed:
         admission = self._state.engine.admission
         try:
             key = caller.key.id if caller else ""
-            error = admission.late(references, admission.max_wait_s, key)
+            error = admission.refusal(references, admission.max_wait_s, key)
         except TrunklineError:  # a reference to nothing
             return None
         if error is None or caller is None:

@@ -39,28 +39,20 @@ class Row:
     adapter: str | None
 
 
-class NoPermits(Exception):
-    """So many tokens must be answered before there is room."""
-
-    def __init__(self, excess: int, limit: int) -> None:
-        super().__init__(f"{limit} tokens may wait")
-        self.excess = excess
-
-
 class TokenPermits:
-    """Tokens admitted and not answered yet, at most `limit` of them."""
+    """Tokens admitted and not answered yet. The event loop takes, the device thread gives back."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.held = 0
         self._lock = threading.Lock()
 
+    @property
+    def free(self) -> int:
+        return self.limit - self.held
+
     def take(self, tokens: int) -> None:
-        """Raises NoPermits, having taken nothing, where there are not so many left."""
         with self._lock:
-            # An empty server takes any request within the request's own limit.
-            if self.held and self.held + tokens > self.limit:
-                raise NoPermits(self.held + tokens - self.limit, self.limit)
             self.held += tokens
 
     def give_back(self, tokens: int) -> None:
@@ -129,47 +121,46 @@ class Admission:
                 limit=self.max_request_tokens,
             )
         references = {row.adapter for row in rows}
-        self._demand_time(references, deadline, key)  # first: a refusal is to cost little
-        try:
-            self.permits.take(tokens)
-        except NoPermits as error:
-            raise overloaded("the queue is full", self.rate.seconds(error.excess)) from error
-        try:
-            leases = self._lease_all(references, ask)
-        except TrunklineError:
-            self.permits.give_back(tokens)
-            raise
-        return self._jobs(rows, leases, ask, deadline, key)
-
-    def _demand_time(self, references: Collection[str | None], deadline: float, key: str) -> None:
-        """Raises Overloaded for rows whose turn comes too late at the present rate.
-
-        Raises as Library.version for a reference to nothing.
-        """
-        error = self.late(references, min(self.max_wait_s, deadline - time.monotonic()), key)
+        most_s = min(self.max_wait_s, deadline - time.monotonic())
+        error = self.refusal(references, most_s, key, tokens)  # first: it is to cost little
         if error is not None:
             raise error
+        leases = self._lease_all(references, ask)
+        self.permits.take(tokens)
+        return self._jobs(rows, leases, ask, deadline, key)
 
     @property
     def crowded(self) -> bool:
-        """Whether there is any line now whose rows may be refused for their wait."""
-        return self.rate.seconds(self.permits.held) > self.max_wait_s
+        """Whether there is any line now whose rows may be refused."""
+        rate, held = self.rate.per_s, self.permits.held
+        if held and self.queue.longest() >= self.permits.free:
+            return True
+        return rate > 0 and self.queue.most_ahead(held, rate) > self.max_wait_s * rate
 
-    def late(
-        self, references: Collection[str | None], most_s: float, key: str
+    def refusal(
+        self, references: Collection[str | None], most_s: float, key: str, tokens: int = 1
     ) -> Overloaded | None:
-        """The refusal of rows that would wait for more than `most_s`; None: there is time.
+        """Of rows with so many tokens that would wait for more than `most_s`, or find no room.
 
-        Raises as Library.version for a reference to nothing.
+        None: they may come. Raises as Library.version for a reference to nothing.
         """
         lines = [line_key(key, self._version(reference)) for reference in references]
-        if not self.permits.held:
+        rate, held = self.rate.per_s, self.permits.held
+        if not held:  # an empty server takes any request within the request's own limit
             return None
-        wait_s = self.rate.seconds(self.queue.ahead(lines, self.permits.held))
-        if wait_s <= most_s:
+        wait_s = self.queue.ahead(lines, held, rate) / rate if rate else 0.0
+        if wait_s > most_s:
+            sentence = f"a row would wait for {wait_s:.1f} s, and may for {most_s:.1f} s"
+            return overloaded(sentence, wait_s - most_s)
+        # A line may be as long as what it leaves free (Choudhury and Hahne 1998): so one alone
+        # fills half, and there is always room for who asks for little.
+        excess = tokens + self.queue.longest(lines) - self.permits.free
+        if excess <= 0:
             return None
-        sentence = f"a row would wait for {wait_s:.1f} s, and may for {most_s:.1f} s"
-        return overloaded(sentence, wait_s - most_s)
+        # While the line gets shorter, as much more gets free.
+        return overloaded(
+            "the queue is full", self.rate.seconds(excess / (1 + self.queue.share(rate)))
+        )
 
     def _version(self, reference: str | None) -> Version | None:
         if reference is None or reference == BASE:

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -11,9 +11,11 @@ from adapters.errors import TrunklineError
 from adapters.slots import Slot
 from adapters.versions import Version
 from server.engine.job import Job
+from server.engine.lately import Lately
 
 # Tokens a line may send in one round: about one long row, so that rounds are short and whole.
 QUANTUM = 512
+OTHERS_S = 0.1  # so often the lines that have no jobs are looked for
 
 Hold = Callable[[str], Slot | None]
 
@@ -34,6 +36,16 @@ class Line:
         job = self.jobs.popleft()
         self.tokens -= job.tokens
         return job
+
+
+@dataclass(frozen=True)
+class Others:
+    """The lines that were served lately and then had no jobs."""
+
+    keys: Set[LineKey] = frozenset()
+    rate: float = 0.0  # tokens a second that they were given
+    weight: float = 0.0
+    since: float = 0.0  # time.monotonic() when they were looked for
 
 
 @dataclass
@@ -64,52 +76,85 @@ class JobQueue:
         # stays in the round until its turn would come, so that it is not new again before that.
         self._new: OrderedDict[LineKey, Line] = OrderedDict()
         self._round: OrderedDict[LineKey, Line] = OrderedDict()
-        self._weight = 0.0  # of the lines that have jobs
+        self._weight = 0.0  # of the lines that wait: all that have jobs but the others
         self._tokens = 0  # of all lines
+        self._longest = 0.0  # tokens of a line over its weight, at most
+        self._lately: Lately[LineKey] = Lately()
+        self._others = Others()
         self._changed = threading.Condition()
         self._closed = False
 
     def __len__(self) -> int:
         with self._changed:
-            return sum(len(line.jobs) for line in self._lines())
+            return sum(len(line.jobs) for _, line in self._lines())
 
     def put(self, jobs: Sequence[Job]) -> None:
         """`wake` is to follow; a device thread that is awake may take them before it."""
         with self._changed:
             for job in jobs:
-                line = self._line(job)
-                if not line.jobs:
+                key = line_key(job.key, job.adapter)
+                line = self._line(key)
+                if not line.jobs and key not in self._others.keys:
                     self._weight += line.weight
                 line.jobs.append(job)
                 line.tokens += job.tokens
                 self._tokens += job.tokens
+                self._longest = max(self._longest, line.tokens / line.weight)
 
-    def ahead(self, keys: Iterable[LineKey], waiting: int) -> float:
-        """Tokens that run before a new job of these lines, at most; of `waiting` in all.
+    def ahead(self, keys: Iterable[LineKey], waiting: int, rate: float) -> float:
+        """Tokens that are expected to run before a new job of these lines; of `waiting` in all.
 
-        First what is on the device, then the line's own jobs, between which others' are dealt: its
-        tokens over its share. Never more than all there are.
+        First what is on the device, which runs `rate` tokens a second, then the line's own jobs,
+        between which others' are dealt: its tokens over its share.
         """
         with self._changed:
-            on_device = max(0, waiting - self._tokens)
-            return min(waiting, on_device + max(map(self._ahead, keys)))
+            return self._on_device(waiting) + self._longest_of(keys) / self._share(rate)
 
-    def _ahead(self, key: LineKey) -> float:
-        line = self._find(key)
-        return line.tokens * self._weight / line.weight if line is not None else 0.0
+    def most_ahead(self, waiting: int, rate: float) -> float:
+        """The same for the line that has most ahead; it may be a little more than that."""
+        with self._changed:
+            return self._on_device(waiting) + self._longest / self._share(rate)
 
-    def _line(self, job: Job) -> Line:
-        key = line_key(job.key, job.adapter)
+    def longest(self, keys: Iterable[LineKey] | None = None) -> float:
+        """Tokens that wait in the longest of these lines, or of all, each over its weight."""
+        with self._changed:
+            return self._longest if keys is None else self._longest_of(keys)
+
+    def share(self, rate: float) -> float:
+        """The part of the device that a line of weight 1 has while it waits; of `rate` tokens/s."""
+        with self._changed:
+            return self._share(rate)
+
+    def _longest_of(self, keys: Iterable[LineKey]) -> float:
+        lines = [line for line in map(self._find, keys) if line is not None]
+        return max((line.tokens / line.weight for line in lines), default=0.0)
+
+    def _on_device(self, waiting: int) -> int:
+        return max(0, waiting - self._tokens)
+
+    def _share(self, rate: float) -> float:
+        """The others ask for less than their share, and have it when they come, before those that
+        wait; these share the rest (max-min fairness). But nobody has less than an equal share of
+        all: some of the others may ask for nothing any more.
+        """
+        weight = self._weight or 1.0
+        rest = 1 - self._others.rate / rate if rate else 0.0
+        return max(rest / weight, 1 / (weight + self._others.weight))
+
+    def _line(self, key: LineKey) -> Line:
         line = self._find(key)
         if line is None:
-            line = self._new[key] = Line(self._weights.get(key[1], 1.0))
+            line = self._new[key] = Line(self._weight_of(key))
         return line
+
+    def _weight_of(self, key: LineKey) -> float:
+        return self._weights.get(key[1], 1.0)
 
     def _find(self, key: LineKey) -> Line | None:
         return self._new.get(key) or self._round.get(key)
 
-    def _lines(self) -> Iterator[Line]:
-        return chain(self._new.values(), self._round.values())
+    def _lines(self) -> Iterator[tuple[LineKey, Line]]:
+        return chain(self._new.items(), self._round.items())
 
     def wake(self) -> None:
         """Jobs were put, or a load has ended: lines that waited for it may go on."""
@@ -145,7 +190,9 @@ class JobQueue:
             if self._hold(line, hold, taken):
                 if line.deficit < line.jobs[0].tokens:  # else a full batch cut its last turn short
                     line.deficit += QUANTUM * line.weight
-                left -= self._send(line, left, taken)
+                sent = self._send(line, left, taken)
+                self._lately.note(key, sent)
+                left -= sent
             elif line.jobs:
                 continue  # until its load is done
             if not line.jobs:
@@ -153,10 +200,23 @@ class JobQueue:
             if not line.jobs or line.deficit < line.jobs[0].tokens:
                 self._end_turn(key, line)
                 turns.append(key)
-        self._weight = sum(line.weight for line in self._lines() if line.jobs)
+        self._reckon(taken)
+        return taken
+
+    def _reckon(self, taken: Taken) -> None:
+        """What the lines' waits are told from, after these have gone."""
         gone = [*taken.jobs, *taken.unwanted, *(job for job, _ in taken.failed)]
         self._tokens -= sum(job.tokens for job in gone)
-        return taken
+        waiting = {key: line for key, line in self._lines() if line.jobs}
+        self._longest = max((line.tokens / line.weight for line in waiting.values()), default=0.0)
+        now = time.monotonic()
+        if now >= self._others.since + OTHERS_S:
+            rates = self._lately.rates(now)
+            keys = rates.keys() - waiting.keys()
+            weight = sum(map(self._weight_of, keys))
+            self._others = Others(keys, sum(rates[key] for key in keys), weight, now)
+        known = self._others.keys
+        self._weight = sum(line.weight for key, line in waiting.items() if key not in known)
 
     def _hold(self, line: Line, hold: Hold, taken: Taken) -> bool:
         """Whether the line's first job can go now; its slot is held then."""

@@ -18,6 +18,12 @@ class DrainRate:
         before_tokens, before_s = self._sums
         self._sums = before_tokens * keep + tokens, before_s * keep + seconds
 
+    @property
+    def per_s(self) -> float:
+        """0 while nothing has run yet."""
+        tokens, seconds = self._sums
+        return tokens / seconds if seconds else 0.0
+
     def seconds(self, tokens: float) -> float:
         """How long so many tokens take; 0 while nothing has run yet, and so is not known."""
         past_tokens, past_s = self._sums

@@ -104,8 +104,9 @@ def test_a_row_whose_turn_comes_after_its_deadline_is_refused_at_once() -> None:
     device.ask(timeout_s=4)
 
 
-def test_who_comes_again_after_the_retry_after_is_admitted() -> None:
-    device = Device(max_wait_s=2)
+@pytest.mark.parametrize("limit", [{"max_wait_s": 2}, {"max_wait_s": 1e9, "permits": 10 * RATE}])
+def test_who_comes_again_after_the_retry_after_is_admitted(limit: dict[str, Any]) -> None:
+    device = Device(**limit)
     _, error = device.fill()
     device.run(error.details["retry_after_s"])
     device.ask()
@@ -121,7 +122,7 @@ def test_the_retry_after_grows_with_the_excess_and_is_bounded() -> None:
     with pytest.raises(Overloaded) as most:
         device.ask(rows=RATE * 500 // ROW)
     waits = [error.value.details["retry_after_s"] for error in (few, many, most)]
-    assert waits == [1, 8, LONGEST_RETRY_S]
+    assert waits == [6, 9, LONGEST_RETRY_S]  # its line gets shorter while as much gets free
 
 
 @pytest.mark.parametrize(("flood", "other"), [("adapter", "adapter"), ("key", "key")])
@@ -134,6 +135,28 @@ def test_who_floods_is_refused_and_others_are_served_soon(flood: str, other: str
     done = device.run(1.0)
     quiet = [job for job in done if "quiet" in (job.key, getattr(job.adapter, "name", ""))]
     assert len(quiet) == 5
+
+
+@pytest.mark.parametrize("floods", [1, 5, 50])
+def test_a_full_queue_has_room_for_who_asks_for_little(floods: int) -> None:
+    device = Device(max_wait_s=1e9, permits=50 * RATE)
+    pushing = [f"flood {number}" for number in range(floods)]
+    while pushing:
+        for key in list(pushing):
+            try:
+                device.ask(key=key)
+            except Overloaded:
+                pushing.remove(key)
+    assert device.admission.crowded
+    for _ in range(5):
+        device.ask(key="quiet")
+    assert device.admission.permits.free > 0
+
+
+def test_one_line_fills_half_of_the_queue() -> None:
+    device = Device(max_wait_s=1e9, permits=10 * RATE)
+    admitted, _ = device.fill()
+    assert admitted * ROW == pytest.approx(5 * RATE, abs=2 * ROW)
 
 
 def test_a_refused_request_holds_nothing() -> None:
@@ -188,12 +211,12 @@ def test_what_is_ahead_is_counted_down_as_jobs_leave_by_any_way() -> None:
     jobs = [device.ask("a")[0] for _ in range(8)]
     adapter: Version | None = jobs[0].adapter
     line, base = line_key("", adapter), line_key("", None)
-    assert device.queue.ahead([line], 8 * ROW) == 8 * ROW
+    assert device.queue.ahead([line], 8 * ROW, RATE) == 8 * ROW
     jobs[0].reply.abandoned = True
     jobs[1].deadline = 0.0
     device.queue.take(2 * ROW, lambda digest: SimpleNamespace())  # type: ignore[arg-type,return-value]
-    assert device.queue.ahead([line], 4 * ROW) == 4 * ROW
-    assert device.queue.ahead([base], 4 * ROW) == 0
+    assert device.queue.ahead([line], 4 * ROW, RATE) == 4 * ROW
+    assert device.queue.ahead([base], 4 * ROW, RATE) == 0
 
 
 def test_what_is_on_the_device_is_ahead_of_everybody() -> None:
@@ -202,4 +225,4 @@ def test_what_is_on_the_device_is_ahead_of_everybody() -> None:
         device.ask("a")
     device.queue.take(2 * ROW, lambda digest: SimpleNamespace())  # type: ignore[arg-type,return-value]
     assert device.admission.permits.held == 8 * ROW
-    assert device.queue.ahead([line_key("", None)], 8 * ROW) == 2 * ROW
+    assert device.queue.ahead([line_key("", None)], 8 * ROW, RATE) == 2 * ROW
