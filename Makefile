@@ -65,7 +65,7 @@ bench: setup ## this machine, measured: ratios in a table, and as a line of JSON
 loadtest: setup ## two minutes of real traffic against a server of its own; the report is load-report.html
 	$(BIN)/python -m loadtest -t 120s -u 12 --shape steps --adapters 100 --drift 6 $(ARGS)
 
-overload: setup ## 0.5 to 3 times the sustainable load: overload.md, overload.svg, overload-fairness.svg (two minutes)
+overload: setup ## 0.5 to 3 times the sustainable load: overload.md, overload.svg, overload-fairness.svg (nine minutes)
 	$(BIN)/python -m loadtest.bench.overload $(ARGS)
 
 docs: setup ## the documents as a site, in site/

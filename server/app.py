@@ -34,7 +34,7 @@ from server.keys import KeyRing
 from server.metrics import Metrics
 from server.middleware import RequestContext
 from server.routes import adapters, critic, diff, encode, openai, ops, tokens, vllm
-from server.routes.documented import with_path_patterns
+from server.routes.documented import completed
 from server.settings import BadSettings, Settings, default_data_dir
 from server.shed import Shed
 from server.state import ServerState
@@ -61,6 +61,8 @@ def create_app(settings: Settings) -> FastAPI:
     """
     if settings.threads:
         torch.set_num_threads(settings.threads)
+    if settings.import_root is not None and not settings.import_root.is_dir():
+        raise BadSettings(f"setting import_root: {settings.import_root} is no folder")
     device = _device(settings)
     dtype = choose_dtype(settings.dtype, device)
     backbone = read_backbone(settings.backbone or DEMO_BACKBONE)
@@ -129,7 +131,7 @@ def _traced(app: ASGIApp, endpoint: str, state: ServerState) -> ASGIApp:
 
 def _document(app: FastAPI) -> dict[str, Any]:
     if app.openapi_schema is None:
-        app.openapi_schema = with_path_patterns(FastAPI.openapi(app))
+        app.openapi_schema = completed(FastAPI.openapi(app))
     return app.openapi_schema
 
 

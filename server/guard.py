@@ -40,9 +40,11 @@ class Guard:
     def _refusal(self, scope: Scope) -> RequestError | None:
         caller = self.keys.caller_of(scope["headers"])
         if caller is None:
-            return RequestError("unauthorized", "a valid API key is needed")
+            sentence = "a valid API key is needed, as Authorization: Bearer KEY"
+            return RequestError("unauthorized", sentence)
         if not may_ask(caller, scope["method"], scope["path"]):
-            return RequestError("forbidden", "the key's scopes do not allow this")
+            scopes = " or ".join(sorted(needed(scope["method"], scope["path"])))
+            return RequestError("forbidden", f"the key does not have the scope for this: {scopes}")
         wait = caller.take_request()
         if wait:
             return RequestError("quota_exceeded", "the key's quota is used up", retry_after_s=wait)

@@ -20,6 +20,7 @@ BYTES = ("adapter_memory", "host_memory", "max_adapter_bytes", "storage_quota", 
 # What a setting takes, where its type alone doesn't tell.
 WANTED = {
     "device": "auto, cpu, cuda or cuda:N",
+    "otlp_endpoint": "an address that begins with http:// or https://",
     "fair_shares": "a table of numbers above 0 by adapter name (in the environment: a JSON object)",
     **dict.fromkeys(BYTES, "bytes as 2GiB, 512MiB or a whole number"),
 }
@@ -144,7 +145,9 @@ class Settings(BaseModel):
     )
     log_format: Literal["text", "json"] = Field("text", description="Log lines for people or JSON.")
     otlp_endpoint: str | None = Field(
-        None, description="OpenTelemetry collector for a trace a request; needs trunkline[otel]."
+        None,
+        pattern="^https?://[^/]",
+        description="OpenTelemetry collector for a trace a request; needs trunkline[otel].",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Log level."

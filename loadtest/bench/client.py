@@ -7,7 +7,7 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -183,32 +183,57 @@ async def lone_latency(server: Running, question: Question, count: int) -> list[
     return spent
 
 
+@dataclass(frozen=True)
+class Sent:
+    """One request of an open loop; times in seconds from the loop's beginning."""
+
+    index: int  # of the question
+    answer: Answer
+    due: float
+    done: float
+
+    @property
+    def seconds(self) -> float:
+        """From when it was due, whenever it was sent."""
+        return self.done - self.due
+
+
+def arrivals(rate: float, begins_s: float, ends_s: float, rng: random.Random) -> Iterator[float]:
+    """The times of a Poisson process of `rate` a second."""
+    due = begins_s + rng.expovariate(rate)
+    while due < ends_s:
+        yield due
+        due += rng.expovariate(rate)
+
+
 async def steady(
     server: Running, questions: Sequence[Question], rate: float, window_s: float, seed: int
-) -> list[tuple[int, Answer, float]]:
-    """An open loop of `rate` requests a second, at random times.
-
-    What was asked (its index), the answer, and its seconds from when it was due.
-    """
+) -> list[Sent]:
+    """An open loop of `rate` requests a second."""
     rng = random.Random(seed)
+    return await open_loop(server, questions, arrivals(rate, 0.0, window_s, rng), rng)
+
+
+async def open_loop(
+    server: Running, questions: Sequence[Question], dues: Iterable[float], rng: random.Random
+) -> list[Sent]:
+    """Any of the questions at each of these times (s, ascending), to the last answer."""
     idle: list[Connection] = []
-    answers: list[tuple[int, Answer, float]] = []
+    sent: list[Sent] = []
+    began = time.perf_counter()
 
     async def ask(index: int, due: float) -> None:
         while idle and idle[-1].closed:
             idle.pop().close()
         connection = idle.pop() if idle else await Connection.open(server)
         answer = await connection.ask(questions[index].request)
-        answers.append((index, answer, time.perf_counter() - due))
+        sent.append(Sent(index, answer, due, time.perf_counter() - began))
         idle.append(connection)
 
-    due = time.perf_counter()
-    ends = due + window_s
     async with asyncio.TaskGroup() as tasks:
-        while due < ends:
-            await asyncio.sleep(max(0.0, due - time.perf_counter()))
+        for due in dues:
+            await asyncio.sleep(max(0.0, began + due - time.perf_counter()))
             tasks.create_task(ask(rng.randrange(len(questions)), due))
-            due += rng.expovariate(rate)
     for connection in idle:
         connection.close()
-    return answers
+    return sent

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from loadtest.bench.client import Question, on_loop, steady
-from loadtest.bench.offered import Point, point, questions
+from loadtest.bench.offered import Point, Span, point, questions, table
 from loadtest.bench.process import Running
 from loadtest.bench.registered import name_of
 from loadtest.bench.trunk import Trunk
@@ -69,10 +69,19 @@ def ask_at_once(
         for index in range(round(MIXED * asker.times / total))
     ]
     mixed = [question for _, question in asked]
-    answers = on_loop(steady(server, mixed, total * rate, window_s, seed=7))
+    span = Span.of(window_s)
+    sent = on_loop(steady(server, mixed, total * rate, span.ends_s, seed=7))
     return [
-        point(asker.name, [each for each in answers if asked[each[0]][0] == number], window_s)
+        point(asker.name, [each for each in sent if asked[each.index][0] == number], span)
         for number, asker in enumerate(askers)
+    ]
+
+
+def tables(measured: Fairness) -> list[str]:
+    """One of the keys, one of the adapters."""
+    return [
+        table(points, noun, "of them", [f"{each.answered:.0%}" for each in points])
+        for noun, points in (("key", measured.keys), ("adapter", measured.adapters))
     ]
 
 

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,19 +28,34 @@ class Running:
 
 
 @contextmanager
-def trunkline(log: Path, *arguments: str | Path) -> Iterator[Running]:
+def on_cores(cores: Collection[int]) -> Iterator[None]:
+    """This thread, and the processes that it begins meanwhile, run there alone; none: anywhere."""
+    if not cores:
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@contextmanager
+def trunkline(log: Path, *arguments: str | Path, cores: Collection[int] = ()) -> Iterator[Running]:
     """`trunkline serve ARGUMENTS` on a free port, ready to answer."""
-    with running(
-        log, ["server.cli", "serve", "--port", "0", "--log-level", "warning", *arguments]
-    ) as it:
+    module = ["server.cli", "serve", "--port", "0", "--log-level", "warning", *arguments]
+    with running(log, module, cores) as it:
         yield it
 
 
 @contextmanager
-def running(log: Path, module: Sequence[str | Path]) -> Iterator[Running]:
+def running(
+    log: Path, module: Sequence[str | Path], cores: Collection[int] = ()
+) -> Iterator[Running]:
     """`python -m MODULE`, which prints its address. Raises DidNotStart."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TRUNKLINE_")}
-    with log.open("wb") as out:
+    with log.open("wb") as out, on_cores(cores):
         began = time.monotonic()
         process = subprocess.Popen(
             [sys.executable, "-m", *map(str, module)], stdout=out, stderr=out, env=environment

@@ -24,6 +24,7 @@ from loadtest.bench.client import (
     Answer,
     Connection,
     Question,
+    Sent,
     ask_one,
     on_loop,
     post,
@@ -165,9 +166,9 @@ def _measure_steady(
         uploads = traffic.uploads(round(sizes.swap_window_s * sizes.swaps_per_s))
         for kind, some in (("without", []), ("with", uploads)):
             window = _window(server, traffic, rate, sizes.swap_window_s, some, seed)
-            answers, refused = on_loop(window)
-            wrong = sum(not traffic.is_right(index, answer) for index, answer, _ in answers)
-            p99[kind].append(float(np.quantile([spent for _, _, spent in answers], 0.99)))
+            sent, refused = on_loop(window)
+            wrong = sum(not traffic.is_right(each.index, each.answer) for each in sent)
+            p99[kind].append(float(np.quantile([each.seconds for each in sent], 0.99)))
             swaps += len(some)
             errors.append(wrong + refused)
     middle = statistics.median(p99["with"]) * 1e3, statistics.median(p99["without"]) * 1e3
@@ -188,11 +189,11 @@ async def _window(
     window_s: float,
     uploads: Sequence[bytes],
     seed: int,
-) -> tuple[list[tuple[int, Answer, float]], int]:
-    """The answers of a window of steady traffic, and how many uploads were refused."""
+) -> tuple[list[Sent], int]:
+    """A window of steady traffic, and how many uploads were refused."""
     swapping = asyncio.create_task(_upload(server, uploads, window_s))
-    answers = await steady(server, traffic.questions, rate, window_s, seed)
-    return answers, await swapping
+    sent = await steady(server, traffic.questions, rate, window_s, seed)
+    return sent, await swapping
 
 
 async def _upload(server: Running, uploads: Sequence[bytes], window_s: float) -> int:

@@ -31,7 +31,9 @@ class Refused(click.ClickException):
     """The server's sentence and code; its whole answer, for --json."""
 
     def __init__(self, body: dict[str, Any]) -> None:
-        super().__init__(f"{body['error']['message']} ({body['error']['code']})")
+        error = body["error"]
+        hint = ": give one by --key or TRUNKLINE_KEY" if error["code"] == "unauthorized" else ""
+        super().__init__(f"{error['message']} ({error['code']}){hint}")
         self.body = body
 
 

@@ -8,6 +8,7 @@ from pydantic import BaseModel
 
 from adapters.names import ALIAS_PATTERN, NAME_PATTERN
 from server.errors import STATUS
+from server.guard import PUBLIC
 from server.schemas import REFERENCE_PATTERN
 
 HEAD = ("malformed_request", "receive_timeout", "headers_too_large")  # of every route
@@ -87,10 +88,14 @@ def public_errors(*codes: str) -> dict[int | str, dict[str, Any]]:
     return _responses((*HEAD, *codes))
 
 
-def with_path_patterns(document: dict[str, Any]) -> dict[str, Any]:
-    """The OpenAPI document, with the patterns of names in it; the routes check them themselves."""
-    for operations in document["paths"].values():
+def completed(document: dict[str, Any]) -> dict[str, Any]:
+    """The OpenAPI document with what is checked outside the routes: keys, and patterns of names."""
+    schemes = {"key": {"type": "http", "scheme": "bearer", "description": "An API key."}}
+    document.setdefault("components", {})["securitySchemes"] = schemes
+    for path, operations in document["paths"].items():
         for operation in operations.values():
+            if path not in PUBLIC:
+                operation["security"] = [{"key": []}, {}]  # {}: on a server without keys none
             for parameter in operation.get("parameters", ()):
                 pattern = PATH_PATTERNS.get(parameter["name"])
                 if parameter["in"] == "path" and pattern:

@@ -89,6 +89,10 @@ def test_other_programs_variables_are_none_of_ours(monkeypatch: pytest.MonkeyPat
         ),
         ("receive_timeout_s = nan\n", "setting receive_timeout_s: .*, not NaN "),
         ('[fair_shares]\na = "x"\n', "setting fair_shares: .* above 0 by adapter name"),
+        (
+            'otlp_endpoint = "collector:4318"\n',
+            "setting otlp_endpoint: it must be an address that ",
+        ),
         ("[fair_shares]\na = 0\n", "setting fair_shares: .* above 0 by adapter name"),
         ("[fair_shares]\na = -1\n", "setting fair_shares: .* above 0 by adapter name"),
         (f'host = ["{"x" * 9999}"]\n', "setting host: it must be a text, not .*xxx... "),
