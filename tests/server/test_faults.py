@@ -188,6 +188,7 @@ def counted(client: httpx.Client, metric: str) -> int:
     return int(float(found[1]))
 
 
+@pytest.mark.alone
 def test_a_stuck_engine_is_not_ready_within_2_s(shared: Served) -> None:
     with ThreadPoolExecutor(1) as threads:
         for _ in range(TRIES):
