@@ -17,7 +17,7 @@ serve: setup ## the demo trunk on http://127.0.0.1:8000
 	$(BIN)/trunkline serve $(ARGS)
 
 test: setup ## in two processes, a file's tests in one of them; ARGS="-n 0" for a debugger or -s
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: setup
 	$(BIN)/ruff format --check .
