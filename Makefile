@@ -16,8 +16,8 @@ $(STAMP): pyproject.toml constraints.txt $(wildcard model/cpu/*)
 serve: setup ## the demo trunk on http://127.0.0.1:8000
 	$(BIN)/trunkline serve $(ARGS)
 
-test: setup
-	$(BIN)/python -m pytest $(ARGS)
+test: setup ## in two processes, a file's tests in one of them; ARGS="-n 0" for a debugger or -s
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: setup
 	$(BIN)/ruff format --check .

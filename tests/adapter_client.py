@@ -136,7 +136,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
 
 @contextmanager
 def long_request(
-    adapters: Adapters, name: str, rows: int = 2000
+    adapters: Adapters, name: str, rows: int = 1000
 ) -> Iterator[Future[httpx.Response]]:
     """A request that uses `name` from the block's beginning on; a batch a row keeps it there."""
     body = {"adapter": name, "inputs": [[5] * 60] * rows, "timeout_ms": 120_000}

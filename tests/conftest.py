@@ -1,13 +1,15 @@
 """Shared by all tests: the kit, tiny random trunks and adapters, real servers on free ports."""
 
 import dataclasses
+import fcntl
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -98,6 +100,27 @@ def save_random_adapter(path: Path, config: GPTConfig, digest: str, seed: int, *
     labels = "[" + ", ".join(f'"label-{i}"' for i in range(classes)) + "]"
     metadata = {"labels": labels} if classes else {}
     write_adapter(path, tensors, lora_alpha=8.0, base_digest=digest, metadata=metadata)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Where two processes share the tests, each waits for a test of the other that runs alone."""
+    if not hasattr(item.config, "workerinput"):
+        return (yield)
+    folder = item.config.cache.mkdir("alone")
+    with in_the_room(folder, alone=item.get_closest_marker("alone") is not None):
+        return (yield)
+
+
+@contextmanager
+def in_the_room(folder: Path, *, alone: bool) -> Iterator[None]:
+    """Any number at a time, or one that is alone, which holds the door while it waits: or others
+    would go in before it again and again."""
+    with (folder / "door").open("w") as door, (folder / "room").open("w") as room:
+        fcntl.flock(door, fcntl.LOCK_EX)
+        fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(door, fcntl.LOCK_UN)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -66,6 +66,7 @@ def test_a_closed_loop_with_swaps_is_answered_rightly_by_every_route(
     assert not [row["name"] for row in left if row["name"].startswith("load/")]
 
 
+@pytest.mark.alone
 def test_an_open_loop_sends_what_is_due_and_a_missed_objective_is_the_exit_code(
     tiny_server: Served, tmp_path: Path
 ) -> None:
@@ -81,6 +82,7 @@ def test_an_open_loop_sends_what_is_due_and_a_missed_objective_is_the_exit_code(
     assert 80 <= done.summary["requests"] <= 121
 
 
+@pytest.mark.alone
 def test_two_workers_share_the_load_and_know_of_each_others_swaps(
     tiny_server: Served, tmp_path: Path
 ) -> None:
@@ -222,6 +224,7 @@ def slow(recording: Path) -> int:
     return sum(count for bucket, count in counts if 0.01 * 1.01 ** int(bucket) >= 495)
 
 
+@pytest.mark.alone
 def test_the_open_loop_shows_a_stall_that_the_closed_loop_hides(tmp_path: Path) -> None:
     found = {}
     for loop, flags in (("closed", ("-u", 2)), ("open", ("--rate", 50))):

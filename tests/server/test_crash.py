@@ -19,7 +19,7 @@ from registry_model import Name
 from adapters.format import adapter_bytes
 from model.checkpoint import read_backbone
 
-KILLS = int(os.environ.get("KILLS", "4"))
+KILLS = int(os.environ.get("KILLS", "3"))
 SEED = int(os.environ.get("CRASH_SEED", "1"))
 WRITERS = 3
 FILES = 5

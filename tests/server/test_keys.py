@@ -31,11 +31,19 @@ def make(file: Path, *options: str) -> dict[str, str]:
     return {"authorization": f"Bearer {done.stdout.strip()}"}
 
 
-@pytest.fixture
-def keyed(tiny_backbone: Path, serve: Serve, file: Path) -> tuple[Served, dict[str, str]]:
+@pytest.fixture(scope="module")
+def ring(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of the shared server, to which a test adds the keys that it needs."""
+    return tmp_path_factory.mktemp("keys") / "keys.json"
+
+
+@pytest.fixture(scope="module")
+def keyed(
+    tiny_backbone: Path, serve_for_session: Serve, ring: Path
+) -> tuple[Served, dict[str, str]]:
     """A server with one admin key, and that key's header."""
-    admin = make(file, "--scope", "admin", "--name", "root")
-    return serve(tiny_backbone, "--dtype", "float32", "--keys", file), admin
+    admin = make(ring, "--scope", "admin", "--name", "root")
+    return serve_for_session(tiny_backbone, "--dtype", "float32", "--keys", ring), admin
 
 
 def code(answer: httpx.Response) -> tuple[int, str]:
@@ -59,10 +67,10 @@ def test_without_a_key_nothing_but_health_and_documents_is_answered(
 
 
 def test_a_scope_allows_its_routes_only_and_unknown_paths_are_an_admin_s(
-    keyed: tuple[Served, dict[str, str]], file: Path
+    keyed: tuple[Served, dict[str, str]], ring: Path
 ) -> None:
     served, admin = keyed
-    infer, metrics = make(file), make(file, "--scope", "metrics")
+    infer, metrics = make(ring), make(ring, "--scope", "metrics")
     with served.client() as client:
         wait_until(lambda: client.get("/info", headers=infer).status_code == 200)
         assert client.post("/encode", json=BODY, headers=infer).status_code == 200
@@ -83,10 +91,10 @@ def test_a_scope_allows_its_routes_only_and_unknown_paths_are_an_admin_s(
 
 
 def test_a_key_uses_the_adapters_of_its_patterns_only(
-    keyed: tuple[Served, dict[str, str]], file: Path
+    keyed: tuple[Served, dict[str, str]], ring: Path
 ) -> None:
     served, admin = keyed
-    own = make(file, "--adapters", "pl*", "--scope", "infer", "--scope", "admin")
+    own = make(ring, "--adapters", "pl*", "--scope", "infer", "--scope", "admin")
     with served.client() as client:
         wait_until(lambda: client.get("/info", headers=own).status_code == 200)
         for reference in ("plain", "plain@1", None, "base"):
@@ -118,7 +126,7 @@ def test_a_key_uses_the_adapters_of_its_patterns_only(
 
 
 def test_a_key_s_pages_are_full_of_its_own_adapters_and_name_no_others(
-    keyed: tuple[Served, dict[str, str]], file: Path, tiny_backbone: Path
+    keyed: tuple[Served, dict[str, str]], ring: Path, tiny_backbone: Path
 ) -> None:
     served, admin = keyed
     content = (tiny_backbone / "adapters" / "plain.safetensors").read_bytes()
@@ -127,7 +135,7 @@ def test_a_key_s_pages_are_full_of_its_own_adapters_and_name_no_others(
     with served.client(headers=admin) as client:
         for name in (*mine, *theirs):
             assert client.put(f"/adapters/{name}", content=content, headers=kind).status_code == 201
-    own = make(file, "--adapters", "[!b-z]*/?", "--adapters", "zeta/[34]")
+    own = make(ring, "--adapters", "[!b-z]*/?", "--adapters", "zeta/[34]")
     seen, after = [], ""
     with served.client(headers=own) as client:
         wait_until(lambda: client.get("/info").status_code == 200)
@@ -142,10 +150,10 @@ def test_a_key_s_pages_are_full_of_its_own_adapters_and_name_no_others(
 
 
 def test_a_used_up_quota_is_429_with_the_time_to_wait(
-    keyed: tuple[Served, dict[str, str]], file: Path
+    keyed: tuple[Served, dict[str, str]], ring: Path
 ) -> None:
     served, _ = keyed
-    requests, tokens = make(file, "--quota", "3/h"), make(file, "--token-quota", "5/h")
+    requests, tokens = make(ring, "--quota", "3/h"), make(ring, "--token-quota", "5/h")
     with served.client() as client:
         wait_until(lambda: client.get("/info", headers=tokens).status_code == 200)
         for _ in range(3):
@@ -158,9 +166,9 @@ def test_a_used_up_quota_is_429_with_the_time_to_wait(
 
 
 def test_a_refused_request_costs_no_tokens(
-    keyed: tuple[Served, dict[str, str]], file: Path
+    keyed: tuple[Served, dict[str, str]], ring: Path
 ) -> None:
-    few = make(file, "--scope", "infer", "--token-quota", "10/h")
+    few = make(ring, "--scope", "infer", "--token-quota", "10/h")
     ids = [20] * 10
     with keyed[0].client(headers=few) as client:
         wait_until(lambda: client.get("/adapters").status_code == 200)
@@ -184,9 +192,11 @@ def test_who_waits_as_told_has_quota_again(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_revoked_key_ends_without_a_restart_and_the_server_stays_closed(
-    keyed: tuple[Served, dict[str, str]], file: Path
+    tiny_backbone: Path, serve: Serve, file: Path
 ) -> None:
-    served, admin = keyed
+    """On a server of its own: its file breaks, and is lost."""
+    admin = make(file, "--scope", "admin")
+    served = serve(tiny_backbone, "--dtype", "float32", "--keys", file)
     identity = admin["authorization"].split("_")[1]
     with served.client() as client:
         assert client.get("/adapters", headers=admin).status_code == 200
@@ -222,9 +232,11 @@ def bytes_read(served: Served) -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="counts reads as Linux tells them")
 def test_at_most_16_kib_of_a_body_without_a_key_are_read(
-    keyed: tuple[Served, dict[str, str]],
+    tiny_backbone: Path, serve: Serve, file: Path
 ) -> None:
-    served, _ = keyed
+    """On a server of its own, whose file of keys isn't read again meanwhile: that would count."""
+    make(file)
+    served = serve(tiny_backbone, "--dtype", "float32", "--keys", file)
     host, port = served.url.removeprefix("http://").split(":")
     head = b"POST /encode HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
     received = []
@@ -331,7 +343,7 @@ def test_a_pattern_that_no_name_matches_makes_no_key(file: Path, pattern: str) -
     assert not file.exists()
 
 
-def test_the_start_tells_of_keys(keyed: tuple[Served, dict[str, str]], file: Path) -> None:
+def test_the_start_tells_of_keys(keyed: tuple[Served, dict[str, str]], ring: Path) -> None:
     told = keyed[0].log.read_text()
-    assert f"API keys: {file}" in told
+    assert f"API keys: {ring}" in told
     assert "authorization: Bearer KEY" in told
