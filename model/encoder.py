@@ -21,7 +21,6 @@ from model.packed import PackedBatch
 from model.parts import Part, parts_of
 from model.quantized import Int8Unavailable, Linear8
 from model.stack import Panels, Stack
-from model.varlen import VarlenOperators
 
 FINAL = 0  # key of the state after ln_f; the state after block l has the key l, from 1
 
@@ -86,9 +85,18 @@ def _operators(
     """The fastest that this device has."""
     return (
         (CompiledOperators.where_possible(config, dtype, device) if compiled else None)
-        or VarlenOperators.where_possible(config, dtype, device)
+        or _varlen(config, dtype, device)
         or TorchOperators(config, dtype, device)
     )
+
+
+def _varlen(config: GPTConfig, dtype: torch.dtype, device: torch.device) -> Operators | None:
+    if device.type != "cuda":
+        return None
+    # Here, because it brings all of torch's compiler: a second of every start on a CPU.
+    from model.varlen import VarlenOperators  # noqa: PLC0415
+
+    return VarlenOperators.where_possible(config, dtype, device)
 
 
 class Progress:

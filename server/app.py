@@ -61,8 +61,6 @@ def create_app(settings: Settings) -> FastAPI:
     """
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    if settings.import_root is not None and not settings.import_root.is_dir():
-        raise BadSettings(f"setting import_root: {settings.import_root} is no folder")
     device = _device(settings)
     dtype = choose_dtype(settings.dtype, device)
     backbone = read_backbone(settings.backbone or DEMO_BACKBONE)
@@ -75,6 +73,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.turns = Turns(settings.max_queue_s)
     app.state.server = ServerState(settings, backbone, forward, library, Metrics())
     app.state.server.metrics.watch_residency(lambda: _residency(library))
+    if settings.import_root is not None and not settings.import_root.is_dir():
+        raise BadSettings(f"setting import_root: {settings.import_root} is no folder")
     if settings.keys is not None and not settings.keys.exists():
         raise BadSettings(
             f"setting keys: {settings.keys} is not there; make a key with "

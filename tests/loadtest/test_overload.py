@@ -12,6 +12,7 @@ ANSWERS = {200, 503, 504}
 CONNECTIONS = 4
 
 
+@pytest.mark.alone
 def test_beyond_its_load_a_server_goes_on_answering_and_refuses_with_a_retry_after() -> None:
     # So few tokens may wait that the open loop meets a full queue, and the closed loop does not,
     # whose line may fill half of it.

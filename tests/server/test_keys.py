@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from conftest import Serve, Served, start_server
 
 from server.cli import main
-from server.guard import needed
+from server.guard import PUBLIC, needed
 from server.keys import BadKeys, Bucket, KeyRing, Quota, new_key, read_keys, revoke_key
 
 BODY = {"adapter": "plain", "inputs": "abc"}
@@ -322,6 +322,15 @@ def test_a_bucket_tells_how_long_until_there_is_enough() -> None:
     bucket.take(60)
     assert bucket.wait_s(1) == 60
     assert bucket.wait_s(2) == 120
+
+
+def test_the_openapi_document_asks_for_a_key_where_the_guard_does(tiny_server: Served) -> None:
+    with tiny_server.client() as client:
+        document = client.get("/openapi.json").json()
+    (scheme,) = document["components"]["securitySchemes"]
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            assert ({scheme: []} in operation.get("security", [])) == (path not in PUBLIC), path
 
 
 def test_a_keys_file_that_is_named_and_not_there_starts_no_server(

@@ -221,3 +221,11 @@ def test_the_demo_named_by_its_folder_has_its_adapters_too(serve: Serve) -> None
         names = [row["name"] for row in client.get("/adapters").json()["data"]]
     assert names == sorted(path.stem for path in DEMO_ADAPTERS.glob("*.safetensors"))
     assert len(names) == 5
+
+
+def test_an_import_root_that_is_no_folder_ends_the_command_with_a_sentence(tmp_path: Path) -> None:
+    typo = tmp_path / "ipmorts"
+    environment = {"TRUNKLINE_DATA_DIR": str(tmp_path)}
+    result = CliRunner().invoke(main, ["serve", "--import-root", str(typo)], env=environment)
+    assert result.exit_code == 1
+    assert f"{typo} is no folder" in result.output
