@@ -180,7 +180,7 @@ def picture(measured: Measured) -> str:
         left.plot(
             offered, [each.good for each in measured.curve], "o-", color=GREEN, label="answered"
         )
-        refused = [each.offered - each.good for each in measured.curve]
+        refused = [each.offered * (1 - each.answered) for each in measured.curve]
         left.plot(offered, refused, "o-", color=RED, label="refused")
         left.axvline(measured.sustained, color=BLUE, linestyle=":", label="sustained, closed loop")
         left.set_ylabel("requests/s")
