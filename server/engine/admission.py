@@ -133,9 +133,9 @@ class Admission:
     def crowded(self) -> bool:
         """Whether there is any line now whose rows may be refused."""
         rate, held = self.rate.per_s, self.permits.held
-        if held and self.queue.longest() >= self.permits.free:
+        if held and self.queue.longest() + 2 > self.permits.free:
             return True
-        return rate > 0 and self.queue.most_ahead(held, rate) > self.max_wait_s * rate
+        return rate > 0 and self.queue.may_be_late(held, rate, self.max_wait_s)
 
     def refusal(
         self, references: Collection[str | None], most_s: float, key: str, tokens: int = 1
@@ -148,19 +148,20 @@ class Admission:
         rate, held = self.rate.per_s, self.permits.held
         if not held:  # an empty server takes any request within the request's own limit
             return None
-        wait_s = self.queue.ahead(lines, held, rate) / rate if rate else 0.0
-        if wait_s > most_s:
-            sentence = f"a row would wait for {wait_s:.1f} s, and may for {most_s:.1f} s"
-            return overloaded(sentence, wait_s - most_s)
+        late_s = self.queue.lateness(lines, held, rate, most_s) if rate else 0.0
+        if late_s > 0:
+            sentence = f"a row would wait for {most_s + late_s:.1f} s, and may for {most_s:.1f} s"
+            return overloaded(sentence, late_s)
         # A line may be as long as what it leaves free (Choudhury and Hahne 1998): so one alone
-        # fills half, and there is always room for who asks for little.
-        excess = tokens + self.queue.longest(lines) - self.permits.free
+        # fills half, and there is room for who asks for little.
+        longest = self.queue.longest(lines)
+        excess = longest + 2 * tokens - self.permits.free
         if excess <= 0:
             return None
-        # While the line gets shorter, as much more gets free.
-        return overloaded(
-            "the queue is full", self.rate.seconds(excess / (1 + self.queue.share(rate)))
-        )
+        # Its part of what runs shortens the line, all of it makes room; and an empty server takes
+        # any request.
+        tokens_until = min(held, excess / (1 + longest / held))
+        return overloaded("the queue is full", self.rate.seconds(tokens_until))
 
     def _version(self, reference: str | None) -> Version | None:
         if reference is None or reference == BASE:

@@ -1,9 +1,10 @@
 """The queue between admission and the device thread: bounded, fair over keys and adapters."""
 
+import math
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -11,11 +12,18 @@ from adapters.errors import TrunklineError
 from adapters.slots import Slot
 from adapters.versions import Version
 from server.engine.job import Job
-from server.engine.lately import Lately
+from server.engine.lately import PERIOD_S, Lately
+from server.engine.outlook import Demand, Outlook, outlook
 
 # Tokens a line may send in one round: about one long row, so that rounds are short and whole.
 QUANTUM = 512
-OTHERS_S = 0.1  # so often the lines that have no jobs are looked for
+# An outlook is made anew when so much of what it is made for has come since, or a batch has gone;
+# of many lines no more often than OUTLOOK_S.
+STALE = 0.02
+# What comes is expected to be so many times what came lately: it goes before a line that is long,
+# so a machine that gets slower gets slower for that line alone.
+CAUTION = 1.25
+OUTLOOK_S, MANY_LINES = 0.02, 64
 
 Hold = Callable[[str], Slot | None]
 
@@ -39,13 +47,15 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Others:
-    """The lines that were served lately and then had no jobs."""
+class _Seen:
+    """An outlook, and when it was made of what."""
 
-    keys: Set[LineKey] = frozenset()
-    rate: float = 0.0  # tokens a second that they were given
-    weight: float = 0.0
-    since: float = 0.0  # time.monotonic() when they were looked for
+    outlook: Outlook
+    demands: Mapping[LineKey, Demand]
+    most_s: float
+    tokens: int
+    deals: int
+    at: float  # time.monotonic()
 
 
 @dataclass
@@ -76,11 +86,12 @@ class JobQueue:
         # stays in the round until its turn would come, so that it is not new again before that.
         self._new: OrderedDict[LineKey, Line] = OrderedDict()
         self._round: OrderedDict[LineKey, Line] = OrderedDict()
-        self._weight = 0.0  # of the lines that wait: all that have jobs but the others
         self._tokens = 0  # of all lines
-        self._longest = 0.0  # tokens of a line over its weight, at most
+        self._most = 0  # of one line
+        self._longest = 0.0  # of one line, over its weight
         self._lately: Lately[LineKey] = Lately()
-        self._others = Others()
+        self._deals = 0
+        self._seen: _Seen | None = None
         self._changed = threading.Condition()
         self._closed = False
 
@@ -92,54 +103,76 @@ class JobQueue:
         """`wake` is to follow; a device thread that is awake may take them before it."""
         with self._changed:
             for job in jobs:
-                key = line_key(job.key, job.adapter)
-                line = self._line(key)
-                if not line.jobs and key not in self._others.keys:
-                    self._weight += line.weight
+                line = self._line(line_key(job.key, job.adapter))
                 line.jobs.append(job)
                 line.tokens += job.tokens
                 self._tokens += job.tokens
+                self._most = max(self._most, line.tokens)
                 self._longest = max(self._longest, line.tokens / line.weight)
 
-    def ahead(self, keys: Iterable[LineKey], waiting: int, rate: float) -> float:
-        """Tokens that are expected to run before a new job of these lines; of `waiting` in all.
+    def lateness(self, keys: Iterable[LineKey], waiting: int, rate: float, most_s: float) -> float:
+        """Seconds by which a new job's turn would come after `most_s`; 0 where it comes in time.
 
-        First what is on the device, which runs `rate` tokens a second, then the line's own jobs,
-        between which others' are dealt: its tokens over its share.
+        Of the longest of these lines; of `waiting` tokens in all, before a device that runs `rate`
+        a second.
         """
         with self._changed:
-            return self._on_device(waiting) + self._longest_of(keys) / self._share(rate)
+            on_device = max(0, waiting - self._tokens)
+            if on_device > rate * most_s:
+                return on_device / rate - most_s
+            outlook, demands = self._outlook(on_device, rate, most_s)
+            return max((self._late_s(key, outlook, demands) for key in keys), default=0.0)
 
-    def most_ahead(self, waiting: int, rate: float) -> float:
-        """The same for the line that has most ahead; it may be a little more than that."""
+    def may_be_late(self, waiting: int, rate: float, most_s: float) -> bool:
+        """Whether there is a line of which lateness may be above 0."""
         with self._changed:
-            return self._on_device(waiting) + self._longest / self._share(rate)
+            on_device = max(0, waiting - self._tokens)
+            if on_device > rate * most_s:
+                return True
+            outlook, _ = self._outlook(on_device, rate, most_s)
+            if math.isinf(outlook.reach):
+                return self._most > outlook.spare
+            return self._longest > outlook.reach
 
-    def longest(self, keys: Iterable[LineKey] | None = None) -> float:
-        """Tokens that wait in the longest of these lines, or of all, each over its weight."""
+    def longest(self, keys: Iterable[LineKey] | None = None) -> int:
+        """Tokens that wait in the longest of these lines, or of all."""
         with self._changed:
-            return self._longest if keys is None else self._longest_of(keys)
+            if keys is None:
+                return self._most
+            return max((line.tokens for key in keys if (line := self._find(key))), default=0)
 
-    def share(self, rate: float) -> float:
-        """The part of the device that a line of weight 1 has while it waits; of `rate` tokens/s."""
-        with self._changed:
-            return self._share(rate)
+    def _late_s(self, key: LineKey, outlook: Outlook, demands: Mapping[LineKey, Demand]) -> float:
+        line = self._find(key)
+        if line is None:
+            return 0.0
+        if math.isinf(outlook.reach):
+            expected = demands[key].tokens if key in demands else 0.0
+            return max(0.0, line.tokens - expected - outlook.spare) * outlook.slope
+        return max(0.0, line.tokens / line.weight - outlook.reach) * outlook.slope
 
-    def _longest_of(self, keys: Iterable[LineKey]) -> float:
-        lines = [line for line in map(self._find, keys) if line is not None]
-        return max((line.tokens / line.weight for line in lines), default=0.0)
-
-    def _on_device(self, waiting: int) -> int:
-        return max(0, waiting - self._tokens)
-
-    def _share(self, rate: float) -> float:
-        """The others ask for less than their share, and have it when they come, before those that
-        wait; these share the rest (max-min fairness). But nobody has less than an equal share of
-        all: some of the others may ask for nothing any more.
-        """
-        weight = self._weight or 1.0
-        rest = 1 - self._others.rate / rate if rate else 0.0
-        return max(rest / weight, 1 / (weight + self._others.weight))
+    def _outlook(
+        self, on_device: int, rate: float, most_s: float
+    ) -> tuple[Outlook, Mapping[LineKey, Demand]]:
+        """That of now, or of a moment ago."""
+        now, capacity = time.monotonic(), rate * most_s - on_device
+        seen = self._seen
+        if seen is not None and seen.most_s == most_s:
+            same = seen.deals == self._deals and abs(self._tokens - seen.tokens) < STALE * capacity
+            same &= now < seen.at + PERIOD_S  # what was given lately is forgotten by then
+            if same or (len(seen.demands) > MANY_LINES and now < seen.at + OUTLOOK_S):
+                return seen.outlook, seen.demands
+        coming = {key: CAUTION * rate for key, rate in self._lately.rates(now).items()}
+        demands = {
+            key: Demand(each * most_s, self._weight_of(key), each) for key, each in coming.items()
+        }
+        for key, line in self._lines():
+            if line.jobs:
+                each = coming.get(key, 0.0)
+                demands[key] = Demand(line.tokens + each * most_s, line.weight, each)
+        made = outlook(demands.values(), capacity, rate)
+        if seen is None or most_s >= seen.most_s:  # that of a nearer deadline is not kept
+            self._seen = _Seen(made, demands, most_s, self._tokens, self._deals, now)
+        return made, demands
 
     def _line(self, key: LineKey) -> Line:
         line = self._find(key)
@@ -191,7 +224,8 @@ class JobQueue:
                 if line.deficit < line.jobs[0].tokens:  # else a full batch cut its last turn short
                     line.deficit += QUANTUM * line.weight
                 sent = self._send(line, left, taken)
-                self._lately.note(key, sent)
+                if sent:
+                    self._lately.note(key, sent, time.monotonic())
                 left -= sent
             elif line.jobs:
                 continue  # until its load is done
@@ -200,23 +234,13 @@ class JobQueue:
             if not line.jobs or line.deficit < line.jobs[0].tokens:
                 self._end_turn(key, line)
                 turns.append(key)
-        self._reckon(taken)
-        return taken
-
-    def _reckon(self, taken: Taken) -> None:
-        """What the lines' waits are told from, after these have gone."""
         gone = [*taken.jobs, *taken.unwanted, *(job for job, _ in taken.failed)]
         self._tokens -= sum(job.tokens for job in gone)
-        waiting = {key: line for key, line in self._lines() if line.jobs}
-        self._longest = max((line.tokens / line.weight for line in waiting.values()), default=0.0)
-        now = time.monotonic()
-        if now >= self._others.since + OTHERS_S:
-            rates = self._lately.rates(now)
-            keys = rates.keys() - waiting.keys()
-            weight = sum(map(self._weight_of, keys))
-            self._others = Others(keys, sum(rates[key] for key in keys), weight, now)
-        known = self._others.keys
-        self._weight = sum(line.weight for key, line in waiting.items() if key not in known)
+        waiting = [line for _, line in self._lines() if line.jobs]
+        self._most = max((line.tokens for line in waiting), default=0)
+        self._longest = max((line.tokens / line.weight for line in waiting), default=0.0)
+        self._deals += 1
+        return taken
 
     def _hold(self, line: Line, hold: Hold, taken: Taken) -> bool:
         """Whether the line's first job can go now; its slot is held then."""

@@ -11,11 +11,10 @@ import pytest
 from conftest import TINY
 
 from adapters.errors import NotFound
-from adapters.versions import Version
 from server.engine.admission import LONGEST_RETRY_S, Admission, Row, TokenPermits
 from server.engine.errors import Overloaded
 from server.engine.job import Ask, Job
-from server.engine.queue import JobQueue, line_key
+from server.engine.queue import JobQueue, LineKey, line_key
 from server.engine.rate import HALF_LIFE_S, DrainRate
 
 ASK = Ask(frozenset({"embedding"}))
@@ -38,9 +37,14 @@ def event_loop() -> Iterator[None]:
 class Device:
     """Admission and queue before a device that runs RATE tokens a second when told to."""
 
-    def __init__(self, max_wait_s: float = 5.0, permits: int = 1 << 20) -> None:
+    def __init__(
+        self,
+        max_wait_s: float = 5.0,
+        permits: int = 1 << 20,
+        weights: dict[str, float] | None = None,
+    ) -> None:
         self.leases = self.leases_taken = 0
-        self.queue, self.rate = JobQueue(), DrainRate()
+        self.queue, self.rate = JobQueue(weights), DrainRate()
         self.rate.note(RATE * 10, 10.0)
         backbone: Any = SimpleNamespace(config=TINY, tensors={})
         self.admission = Admission(
@@ -113,16 +117,15 @@ def test_who_comes_again_after_the_retry_after_is_admitted(limit: dict[str, Any]
 
 
 def test_the_retry_after_grows_with_the_excess_and_is_bounded() -> None:
-    device = Device(max_wait_s=1e9, permits=RATE * 10)
-    device.ask(rows=RATE * 10 // ROW)
-    with pytest.raises(Overloaded) as few:
-        device.ask(rows=2)
-    with pytest.raises(Overloaded) as many:
-        device.ask(rows=RATE * 8 // ROW)
-    with pytest.raises(Overloaded) as most:
-        device.ask(rows=RATE * 500 // ROW)
-    waits = [error.value.details["retry_after_s"] for error in (few, many, most)]
-    assert waits == [6, 9, LONGEST_RETRY_S]  # its line gets shorter while as much gets free
+    waits = []
+    for seconds, rows in ((10, 2), (10, RATE * 4 // ROW), (10, RATE * 9 // ROW), (200, 2)):
+        device = Device(max_wait_s=1e9, permits=RATE * seconds)
+        device.ask(rows=RATE * seconds // ROW)
+        with pytest.raises(Overloaded) as refused:
+            device.ask(rows=rows)
+        waits.append(refused.value.details["retry_after_s"])
+    # A small one needs half of the queue to be done; a large one all of it.
+    assert waits == [6, 9, 10, LONGEST_RETRY_S]
 
 
 @pytest.mark.parametrize(("flood", "other"), [("adapter", "adapter"), ("key", "key")])
@@ -206,23 +209,76 @@ def test_the_rate_follows_the_device() -> None:
     assert 1 / 3 < rate.seconds(1000) < 1
 
 
-def test_what_is_ahead_is_counted_down_as_jobs_leave_by_any_way() -> None:
-    device = Device()
-    jobs = [device.ask("a")[0] for _ in range(8)]
-    adapter: Version | None = jobs[0].adapter
-    line, base = line_key("", adapter), line_key("", None)
-    assert device.queue.ahead([line], 8 * ROW, RATE) == 8 * ROW
+def test_what_waits_is_counted_down_as_jobs_leave_by_any_way() -> None:
+    device = Device(max_wait_s=60)
+    jobs = [device.ask("a")[0] for _ in range(40)]
+    line, base = line_key("", jobs[0].adapter), line_key("", None)
+
+    def late_s(key: LineKey, waiting: int) -> float:
+        return device.queue.lateness([key], waiting, RATE, 1.0)
+
+    assert late_s(line, 40 * ROW) == pytest.approx(1.0)
     jobs[0].reply.abandoned = True
-    jobs[1].deadline = 0.0
+    for job in jobs[1:19]:
+        job.deadline = 0.0
     device.queue.take(2 * ROW, lambda digest: SimpleNamespace())  # type: ignore[arg-type,return-value]
-    assert device.queue.ahead([line], 4 * ROW, RATE) == 4 * ROW
-    assert device.queue.ahead([base], 4 * ROW, RATE) == 0
+    assert late_s(line, 19 * ROW) == 0.0
+    assert late_s(base, 19 * ROW) == 0.0
 
 
-def test_what_is_on_the_device_is_ahead_of_everybody() -> None:
-    device = Device()
-    for _ in range(8):
+def test_what_is_on_the_device_is_before_everybody() -> None:
+    device = Device(max_wait_s=60)
+    for _ in range(40):
         device.ask("a")
-    device.queue.take(2 * ROW, lambda digest: SimpleNamespace())  # type: ignore[arg-type,return-value]
-    assert device.admission.permits.held == 8 * ROW
-    assert device.queue.ahead([line_key("", None)], 8 * ROW, RATE) == 2 * ROW
+    device.queue.take(40 * ROW, lambda digest: SimpleNamespace())  # type: ignore[arg-type,return-value]
+    assert device.admission.permits.held == 40 * ROW
+    assert device.queue.lateness([line_key("", None)], 40 * ROW, RATE, 1.5) == pytest.approx(0.5)
+
+
+def test_others_that_ask_for_little_are_waited_for_no_longer_than_that() -> None:
+    device = Device(max_wait_s=2)
+    for number in range(20):  # a second's work
+        device.ask(f"other {number}")
+    admitted, _ = device.fill("one")
+    assert admitted * ROW == pytest.approx(1 * RATE, abs=2 * ROW)
+
+
+@pytest.mark.parametrize("weight", [0.1, 1.0, 10.0])
+def test_a_line_alone_has_the_whole_device_whatever_its_share(weight: float) -> None:
+    device = Device(max_wait_s=2, weights={"one": weight})
+    device.ask("one")
+    device.run(1.0)
+    admitted, _ = device.fill("one")
+    assert admitted * ROW == pytest.approx(2 * RATE, abs=2 * ROW)
+
+
+def test_the_first_after_a_flood_and_a_pause_are_not_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = Device(max_wait_s=2)
+    for number in range(20):
+        device.ask(f"flood {number}", rows=2)
+    device.run(60)
+    began = time.monotonic()
+    monkeypatch.setattr("server.engine.queue.time.monotonic", lambda: began + 3600)
+    admitted, _ = device.fill("one")
+    assert admitted * ROW == pytest.approx(2 * RATE, abs=2 * ROW)
+
+
+def test_large_requests_leave_room_for_who_asks_for_little() -> None:
+    device = Device(max_wait_s=1e9, permits=10 * RATE)
+    for number in range(8):
+        try:
+            device.ask(f"large {number}", rows=RATE * 3 // ROW)
+        except Overloaded:
+            break
+    device.ask("little")
+
+
+def test_a_line_that_is_not_the_long_one_is_told_when_there_is_room() -> None:
+    device = Device(max_wait_s=1e9, permits=10 * RATE)
+    device.fill("long")
+    with pytest.raises(Overloaded) as refused:
+        device.ask("other", rows=RATE * 4 // ROW)
+    device.run(refused.value.details["retry_after_s"])
+    device.ask("other", rows=RATE * 4 // ROW)

@@ -1,4 +1,4 @@
-"""How long the admitted wait: admission and queue before a simulated device, hours in seconds.
+"""How long the admitted wait: admission and queue before a simulated device, minutes in seconds.
 
 Arrivals are open loops with Poisson times; the device's rate varies from batch to batch and over
 seconds, as a shared machine's does. Nothing sleeps: the clock is told.
@@ -114,7 +114,7 @@ class Simulation:
         oldest = min(job.admitted for job in jobs)
         slow = self.noise.lognormvariate(0, 0.2) * (1.2 if began % 6 < 3 else 0.8)
         self.now += 0.003 + tokens / RATE * slow
-        self.busy_s += self.now - began
+        self.busy_s += min(self.now, ENDS_S) - min(began, ENDS_S)
         if 2 * tokens >= BATCH or began - oldest > BACKLOG_S:
             self.rate.note(tokens, self.now - max(ended, oldest))
         for job in jobs:
