@@ -105,7 +105,7 @@ def save_random_adapter(path: Path, config: GPTConfig, digest: str, seed: int, *
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """Where two processes share the tests, each waits for a test of the other that runs alone."""
-    if not hasattr(item.config, "workerinput"):
+    if not hasattr(item.config, "workerinput") or not hasattr(item.config, "cache"):
         return (yield)
     folder = item.config.cache.mkdir("alone")
     with in_the_room(folder, alone=item.get_closest_marker("alone") is not None):

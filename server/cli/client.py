@@ -32,7 +32,7 @@ class Refused(click.ClickException):
 
     def __init__(self, body: dict[str, Any]) -> None:
         error = body["error"]
-        hint = ": give one by --key or TRUNKLINE_KEY" if error["code"] == "unauthorized" else ""
+        hint = ": here by --key or TRUNKLINE_KEY" if error["code"] == "unauthorized" else ""
         super().__init__(f"{error['message']} ({error['code']}){hint}")
         self.body = body
 
