@@ -1,8 +1,6 @@
 """Admission before a device of known rate: who is refused under overload, and what he is told."""
 
-import asyncio
 import time
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,16 +20,7 @@ RATE = 1000  # tokens a second
 ROW = 50  # tokens
 
 
-@pytest.fixture(autouse=True)
-def event_loop() -> Iterator[None]:
-    """Replies hold a future, and that a loop."""
-    loop = asyncio.new_event_loop()
-    asyncio.set_event_loop(loop)
-    asyncio._set_running_loop(loop)
-    yield
-    asyncio._set_running_loop(None)
-    asyncio.set_event_loop(None)
-    loop.close()
+pytestmark = pytest.mark.usefixtures("event_loop")
 
 
 class Device:

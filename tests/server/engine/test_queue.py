@@ -1,10 +1,8 @@
 """The queue: fair over adapters, no wait for a cold one but by its own jobs, nothing lost."""
 
-import asyncio
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -21,16 +19,7 @@ from server.engine.queue import QUANTUM, JobQueue
 ASK = Ask(frozenset({"embedding"}))
 
 
-@pytest.fixture(autouse=True)
-def event_loop() -> Iterator[None]:
-    """Replies hold a future, and that a loop."""
-    loop = asyncio.new_event_loop()
-    asyncio.set_event_loop(loop)
-    asyncio._set_running_loop(loop)
-    yield
-    asyncio._set_running_loop(None)
-    asyncio.set_event_loop(None)
-    loop.close()
+pytestmark = pytest.mark.usefixtures("event_loop")
 
 
 def version(name: str, number: int = 1) -> Version:

@@ -4,7 +4,6 @@ Arrivals are open loops with Poisson times; the device's rate varies from batch 
 seconds, as a shared machine's does. Nothing sleeps: the clock is told.
 """
 
-import asyncio
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -124,14 +123,7 @@ class Simulation:
         return self.now
 
 
-@pytest.fixture(autouse=True)
-def event_loop() -> Iterator[None]:
-    """Replies hold a future, and that a loop."""
-    loop = asyncio.new_event_loop()
-    asyncio._set_running_loop(loop)
-    yield
-    asyncio._set_running_loop(None)
-    loop.close()
+pytestmark = pytest.mark.usefixtures("event_loop")
 
 
 EVEN = [1.0] * 9
