@@ -40,7 +40,7 @@ class Guard:
     def _refusal(self, scope: Scope) -> RequestError | None:
         caller = self.keys.caller_of(scope["headers"])
         if caller is None:
-            sentence = "a valid API key is needed, as Authorization: Bearer KEY"
+            sentence = "a valid API key is needed, as Authorization: Bearer KEY or x-api-key: KEY"
             return RequestError("unauthorized", sentence)
         if not may_ask(caller, scope["method"], scope["path"]):
             scopes = " or ".join(sorted(needed(scope["method"], scope["path"])))

@@ -150,7 +150,7 @@ class Admission:
             return None
         late_s = self.queue.lateness(lines, held, rate, most_s) if rate else 0.0
         if late_s > 0:
-            sentence = f"a row would wait for {most_s + late_s:.1f} s, and may for {most_s:.1f} s"
+            sentence = f"a row would wait for {most_s + late_s:.2f} s, and may for {most_s:.2f} s"
             return overloaded(sentence, late_s)
         # A line may be as long as what it leaves free (Choudhury and Hahne 1998): so one alone
         # fills half, and there is room for who asks for little.
