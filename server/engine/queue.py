@@ -20,10 +20,10 @@ QUANTUM = 512
 # An outlook is made anew when so much of what it is made for has come since, or a batch has gone;
 # of many lines no more often than OUTLOOK_S.
 STALE = 0.02
+OUTLOOK_S, MANY_LINES = 0.02, 64
 # What comes is expected to be so many times what came lately: it goes before a line that is long,
 # so a machine that gets slower gets slower for that line alone.
 CAUTION = 1.25
-OUTLOOK_S, MANY_LINES = 0.02, 64
 
 Hold = Callable[[str], Slot | None]
 
@@ -161,7 +161,7 @@ class JobQueue:
             same &= now < seen.at + PERIOD_S  # what was given lately is forgotten by then
             if same or (len(seen.demands) > MANY_LINES and now < seen.at + OUTLOOK_S):
                 return seen.outlook, seen.demands
-        coming = {key: CAUTION * rate for key, rate in self._lately.rates(now).items()}
+        coming = {key: CAUTION * each for key, each in self._lately.rates(now).items()}
         demands = {
             key: Demand(each * most_s, self._weight_of(key), each) for key, each in coming.items()
         }
