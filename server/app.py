@@ -27,7 +27,7 @@ from server import __version__
 from server.answers import JSONAnswer
 from server.engine.engine import Engine, choose_device, choose_dtype
 from server.engine.forward import Forward
-from server.errors import STATUS, RequestError, told
+from server.errors import RequestError, error_answer
 from server.guard import Guard
 from server.hot import HotRoutes
 from server.keys import KeyRing
@@ -220,8 +220,8 @@ def _adapter_folder(settings: Settings) -> Path | None:
 
 def _answer(request: Request, error: TrunklineError) -> Response:
     scope = request.scope
-    body, headers = told(error, scope["path"], scope["state"].get("request_id"))
-    return JSONAnswer(body, STATUS[error.code], headers)
+    answer = error_answer(error, scope["path"], scope["state"].get("request_id"))
+    return JSONAnswer(answer.body, answer.status, answer.headers)
 
 
 async def _refused(request: Request, error: Exception) -> Response:

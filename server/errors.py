@@ -1,5 +1,6 @@
 """The table: every code an answer can carry and its status. Handlers contain no try."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from adapters.errors import TrunklineError
@@ -18,11 +19,11 @@ STATUS = {
     "adapter_damaged": 404,
     "method_not_allowed": 405,
     "receive_timeout": 408,
-    "version_conflict": 409,
     "name_conflict": 409,
     "critic_not_available": 409,
     "classifier_not_available": 409,
     "length_required": 411,
+    "version_conflict": 412,
     "body_too_large": 413,
     "too_many_inputs": 413,
     "too_many_tokens": 413,
@@ -58,12 +59,27 @@ class RequestError(TrunklineError):
         self.code = code
 
 
-def told(error: TrunklineError, path: str, request_id: str | None) -> tuple[Any, dict[str, str]]:
-    """The body and the headers that tell of the error to who asked for this path."""
-    body = openai_error_body(error) if path.startswith("/v1/") else error_body(error, request_id)
-    if "retry_after_s" in error.details:
-        return body, {"retry-after": str(error.details["retry_after_s"])}
-    return body, {}
+@dataclass(frozen=True)
+class ErrorAnswer:
+    """An error as it is sent."""
+
+    status: int
+    body: dict[str, Any]
+    headers: dict[str, str]
+
+
+def error_answer(error: TrunklineError, path: str, request_id: str | None) -> ErrorAnswer:
+    """The error in the shape, and with the status, that clients of this path expect."""
+    seconds = error.details.get("retry_after_s")
+    headers = {} if seconds is None else {"retry-after": str(seconds)}
+    if path.startswith("/v1/"):
+        return ErrorAnswer(openai_status(error.code), openai_error_body(error), headers)
+    return ErrorAnswer(STATUS[error.code], error_body(error, request_id), headers)
+
+
+def openai_status(code: str) -> int:
+    """Under /v1 a fault of the request is 400, never 422: OpenAI's clients know no other."""
+    return 400 if STATUS[code] == 422 else STATUS[code]
 
 
 def error_body(error: TrunklineError, request_id: str | None) -> dict[str, Any]:
@@ -74,7 +90,6 @@ def error_body(error: TrunklineError, request_id: str | None) -> dict[str, Any]:
 
 def openai_error_body(error: TrunklineError) -> dict[str, Any]:
     """The shape of /v1: what the official client makes its exceptions of."""
-    status = STATUS[error.code]
-    kind = "server_error" if status >= 500 else "invalid_request_error"
+    kind = "server_error" if STATUS[error.code] >= 500 else "invalid_request_error"
     shape = {"message": error.message, "type": kind, "param": None, "code": error.code}
     return {"error": shape}

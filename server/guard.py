@@ -8,7 +8,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from adapters.names import BASE
 from server.answers import JSONAnswer
-from server.errors import STATUS, RequestError, told
+from server.errors import RequestError, error_answer
 from server.keys import Caller, KeyRing
 
 PUBLIC = {"/", "/health", "/ready", "/docs", "/openapi.json"}
@@ -83,9 +83,10 @@ def may_use(caller: Caller, reference: str | None) -> bool:
 
 
 async def _refuse(error: RequestError, scope: Scope, receive: Receive, send: Send) -> None:
-    body, headers = told(error, scope["path"], scope["state"].get("request_id"))
+    answer = error_answer(error, scope["path"], scope["state"].get("request_id"))
+    headers = answer.headers
     if error.code == "unauthorized":
         headers["www-authenticate"] = "Bearer"
     if any(name in (b"content-length", b"transfer-encoding") for name, _ in scope["headers"]):
         headers["connection"] = "close"  # the body is not read, so nothing can follow it
-    await JSONAnswer(body, STATUS[error.code], headers)(scope, receive, send)
+    await JSONAnswer(answer.body, answer.status, headers)(scope, receive, send)

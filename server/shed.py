@@ -16,7 +16,7 @@ from adapters.errors import TrunklineError
 from server.bodies import is_json
 from server.connection import Refusal
 from server.engine.errors import Overloaded
-from server.errors import STATUS, told
+from server.errors import error_answer
 from server.guard import may_ask, may_use
 from server.keys import Caller, KeyRing
 from server.middleware import note_answer, request_id_of
@@ -75,13 +75,13 @@ class Shed:
         return None if caller.take_request() else error  # a quota that is used up is told first
 
     def _told(self, scope: Scope, error: Overloaded, began: float) -> Refusal:
-        status, request_id = STATUS[error.code], request_id_of(scope)
-        content, more = told(error, scope["path"], request_id.decode())
+        request_id = request_id_of(scope)
+        answer = error_answer(error, scope["path"], request_id.decode())
         headers = [(b"content-type", b"application/json"), (b"x-request-id", request_id)]
-        headers += [(name.encode(), value.encode()) for name, value in more.items()]
+        headers += [(name.encode(), value.encode()) for name, value in answer.headers.items()]
         facts = {"request_id": request_id.decode()}  # no task's context has it
-        note_answer(self._state.metrics, scope, scope["path"], status, began, lambda: facts)
-        return Refusal(status, headers, orjson.dumps(content), last=self._state.draining)
+        note_answer(self._state.metrics, scope, scope["path"], answer.status, began, lambda: facts)
+        return Refusal(answer.status, headers, orjson.dumps(answer.body), last=self._state.draining)
 
 
 def _allowed(caller: Caller, scope: Scope, references: Collection[str | None]) -> bool:

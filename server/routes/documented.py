@@ -1,13 +1,13 @@
 """What the OpenAPI document says of a route: its body, and every error it can answer."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from pydantic import BaseModel
 
 from adapters.names import ALIAS_PATTERN, NAME_PATTERN
-from server.errors import STATUS
+from server.errors import STATUS, openai_status
 from server.guard import PUBLIC
 from server.schemas import REFERENCE_PATTERN
 
@@ -78,14 +78,32 @@ IN_USE: dict[int | str, dict[str, Any]] = {202: {"description": "in_flight reque
 PATH_PATTERNS = {"name": NAME_PATTERN, "alias": ALIAS_PATTERN, "number": r"^[1-9][0-9]{0,8}$"}
 
 
-def errors(*codes: str) -> dict[int | str, dict[str, Any]]:
+Responses = dict[int | str, dict[str, Any]]  # as FastAPI takes them
+
+
+def errors(*codes: str) -> Responses:
     """FastAPI's `responses` for these codes of the table, on a route that asks for a key."""
-    return _responses((*HEAD, *GUARD, *codes))
+    return _responses((*HEAD, *GUARD, *codes), STATUS.__getitem__)
 
 
-def public_errors(*codes: str) -> dict[int | str, dict[str, Any]]:
+def openai_errors(*codes: str) -> Responses:
+    """The same for a route under /v1, where the statuses are OpenAI's."""
+    return _responses((*HEAD, *GUARD, *codes), openai_status)
+
+
+def public_errors(*codes: str) -> Responses:
     """The same for a route that is open to everybody."""
-    return _responses((*HEAD, *codes))
+    return _responses((*HEAD, *codes), STATUS.__getitem__)
+
+
+def ok(
+    schema: type[BaseModel], example: Any = None, *, status: int = 200, says: str = "Done."
+) -> Responses:
+    """FastAPI's `responses` for a success: the answer's schema, which is for the document alone."""
+    entry: dict[str, Any] = {"model": schema, "description": says}
+    if example is not None:
+        entry["content"] = {"application/json": {"example": example}}
+    return {status: entry}
 
 
 def completed(document: dict[str, Any]) -> dict[str, Any]:
@@ -103,10 +121,10 @@ def completed(document: dict[str, Any]) -> dict[str, Any]:
     return document
 
 
-def _responses(codes: Iterable[str]) -> dict[int | str, dict[str, Any]]:
+def _responses(codes: Iterable[str], status_of: Callable[[str], int]) -> Responses:
     by_status = defaultdict(list)
     for code in codes:
-        by_status[STATUS[code]].append(code)
+        by_status[status_of(code)].append(code)
     content = {"application/json": {"schema": _ERROR_SCHEMA}}
     return {
         status: {"description": ", ".join(sorted(set(names))), "content": content}
@@ -114,9 +132,15 @@ def _responses(codes: Iterable[str]) -> dict[int | str, dict[str, Any]]:
     }
 
 
-def json_body(schema: type[BaseModel]) -> dict[str, Any]:
-    """FastAPI's `openapi_extra` for a body that the handler reads itself."""
-    content = {"application/json": {"schema": schema.model_json_schema()}}
+def json_body(schema: type[BaseModel], **examples: Any) -> dict[str, Any]:
+    """FastAPI's `openapi_extra` for a body that the handler reads itself.
+
+    `examples` are bodies by a short name; each succeeds on the demo as it stands.
+    """
+    body: dict[str, Any] = {"schema": schema.model_json_schema()}
+    if examples:
+        body["examples"] = {name: {"value": value} for name, value in examples.items()}
+    content = {"application/json": body}
     return {"requestBody": {"required": True, "content": content}}
 
 

@@ -12,7 +12,7 @@ from server.answers import EmbeddingForm, JSONAnswer, data_rows
 from server.bodies import read_json
 from server.engine.job import Ask
 from server.guard import caller_of
-from server.routes.documented import INFER, READ, errors, json_body
+from server.routes.documented import INFER, READ, json_body, openai_errors
 from server.routes.encode import check_dimensions
 from server.routes.inference import answer_inputs
 from server.schemas import EmbeddingsRequest
@@ -21,7 +21,9 @@ from server.state import ServerState, state_of
 router = APIRouter(prefix="/v1", tags=["openai"])
 
 
-@router.post("/embeddings", responses=errors(*INFER), openapi_extra=json_body(EmbeddingsRequest))
+@router.post(
+    "/embeddings", responses=openai_errors(*INFER), openapi_extra=json_body(EmbeddingsRequest)
+)
 async def embeddings(request: Request) -> Response:
     """Pooled rows, L2-normalised; `model` is an adapter reference, the backbone's id or base."""
     state = state_of(request)
@@ -47,7 +49,7 @@ def _reference(model: str, state: ServerState) -> str:
     return model
 
 
-@router.get("/models", responses=errors(*READ))
+@router.get("/models", responses=openai_errors(*READ))
 async def models(request: Request) -> Response:
     """The backbone and every adapter."""
     state = state_of(request)

@@ -16,7 +16,7 @@ from server.bodies import read_json
 from server.engine.errors import BadInput, Draining
 from server.errors import RequestError
 from server.guard import check_adapter
-from server.routes.documented import BODY, IN_USE, UPLOAD, errors, json_body
+from server.routes.documented import BODY, IN_USE, UPLOAD, json_body, openai_errors
 from server.schemas import LoadLoraRequest, UnloadLoraRequest
 from server.state import state_of
 from server.uploads import WRITE_BYTES, too_large
@@ -26,7 +26,7 @@ router = APIRouter(prefix="/v1", tags=["adapters"])
 
 @router.post(
     "/load_lora_adapter",
-    responses=errors(*BODY, *UPLOAD),
+    responses=openai_errors(*BODY, *UPLOAD),
     openapi_extra=json_body(LoadLoraRequest),
 )
 async def load_lora_adapter(request: Request) -> Response:
@@ -46,7 +46,7 @@ async def load_lora_adapter(request: Request) -> Response:
 
 @router.post(
     "/unload_lora_adapter",
-    responses=errors(*BODY, "adapter_not_found", "read_only", "storage_full") | IN_USE,
+    responses=openai_errors(*BODY, "adapter_not_found", "read_only", "storage_full") | IN_USE,
     openapi_extra=json_body(UnloadLoraRequest),
 )
 async def unload_lora_adapter(request: Request) -> Response:

@@ -81,9 +81,9 @@ def test_a_stale_if_match_is_a_conflict_and_changes_nothing(adapters: Adapters) 
     with adapters.unchanged():
         for name, match in (("matched", '"1"'), ("matched", '"3"'), ("nowhere", '"1"')):
             answer = adapters.put(name, adapters.file(6), {"if-match": match})
-            assert_refused(answer, 409, "version_conflict")
+            assert_refused(answer, 412, "version_conflict")
         taken = adapters.put("matched", adapters.file(6), {"if-none-match": "*"})
-        assert_refused(taken, 409, "version_conflict")
+        assert_refused(taken, 412, "version_conflict")
     fresh = adapters.put("matched-new", adapters.file(6), {"if-none-match": "*"})
     assert fresh.status_code == 201
 
@@ -137,7 +137,7 @@ def test_of_two_conditional_uploads_at_once_one_wins(
     answers = at_once(adapters, name, [adapters.file(11), adapters.file(12)], condition)
     won, lost = sorted(answers, key=lambda answer: answer.status_code)
     assert won.status_code == 201
-    assert_refused(lost, 409, "version_conflict")
+    assert_refused(lost, 412, "version_conflict")
     assert numbers(adapters, name) == [*before, won.json()["version"]]
     assert answered_by(ask(adapters, name)) == (won.json()["digest"], won.json()["version"])
     stored = {f"sha256:{path.name}" for path in adapters.blobs.iterdir() if path.is_file()}
@@ -300,8 +300,8 @@ def test_a_stale_generation_or_a_missing_version_moves_no_alias(adapters: Adapte
     with adapters.unchanged():
         for generation in (0, 2):
             stale = point(adapters, "kept", "stable", 1, generation)
-            assert_refused(stale, 409, "version_conflict")
-        assert_refused(point(adapters, "kept", "new", 1, 1), 409, "version_conflict")
+            assert_refused(stale, 412, "version_conflict")
+        assert_refused(point(adapters, "kept", "new", 1, 1), 412, "version_conflict")
         assert_refused(point(adapters, "kept", "stable", 2), 404, "version_not_found")
         assert_refused(point(adapters, "nowhere", "stable", 1), 404, "adapter_not_found")
         assert_refused(ask(adapters, "kept@canary"), 404, "version_not_found")

@@ -71,7 +71,7 @@ WRONG_TYPE = Outcome(415, "unsupported_media_type")
 OVERLOADED = Outcome(503, "overloaded")
 UNAUTHORIZED = Outcome(401, "unauthorized")
 FORBIDDEN = Outcome(403, "forbidden")
-CONFLICT = Outcome(409, "version_conflict")
+CONFLICT = Outcome(412, "version_conflict")
 NO_ADAPTER, NO_VERSION = Outcome(404, "adapter_not_found"), Outcome(404, "version_not_found")
 LATE = Outcome(408, "receive_timeout")
 

@@ -80,7 +80,7 @@ def test_an_absolute_path_below_the_root_is_as_good(adapters: Adapters, root: Pa
 def test_a_taken_name_needs_load_inplace(adapters: Adapters) -> None:
     first = load(adapters, "inplace", "good.safetensors").json()
     with adapters.unchanged():
-        assert_refused(load(adapters, "inplace", "folder"), 409, "version_conflict")
+        assert_refused(load(adapters, "inplace", "folder"), 412, "version_conflict")
     second = load(adapters, "inplace", "folder", load_inplace=True).json()
     assert (first["version"], second["version"]) == (1, 2)
     again = load(adapters, "inplace", "folder", load_inplace=True)
@@ -145,7 +145,7 @@ def test_what_is_no_file_to_load_is_refused(adapters: Adapters, root: Path) -> N
     paths = ("missing", "none", "two", "pipe.safetensors", "good.safetensors/x", "", "a\0b")
     with adapters.unchanged():
         for path in (*paths, "a" * 300, "a/" * 3000, "\N{PILE OF POO}" * 200):
-            assert_refused(load(adapters, "nothing", path), 422, "validation_error")
+            assert_refused(load(adapters, "nothing", path), 400, "validation_error")
 
 
 def test_a_faulty_file_of_the_root_is_refused_as_an_upload_is(
@@ -154,9 +154,9 @@ def test_a_faulty_file_of_the_root_is_refused_as_an_upload_is(
     (root / "junk").write_bytes(b"\x80\x02}q\x00.junk")
     (root / "large").write_bytes(bytes(CAP + 1))
     with adapters.unchanged():
-        assert_refused(load(adapters, "faulty", "junk"), 422, "invalid_adapter")
+        assert_refused(load(adapters, "faulty", "junk"), 400, "invalid_adapter")
         assert_refused(load(adapters, "faulty", "large"), 413, "body_too_large")
-        assert_refused(load(adapters, "plain", "junk", load_inplace=True), 422, "invalid_adapter")
+        assert_refused(load(adapters, "plain", "junk", load_inplace=True), 400, "invalid_adapter")
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_a_faulty_file_of_the_root_is_refused_as_an_upload_is(
 )
 def test_a_bad_name_is_refused(adapters: Adapters, name: str) -> None:
     with adapters.unchanged():
-        assert_refused(load(adapters, name, "good.safetensors"), 422, "validation_error")
+        assert_refused(load(adapters, name, "good.safetensors"), 400, "validation_error")
 
 
 def test_a_name_that_differs_by_case_only_is_a_conflict(adapters: Adapters) -> None:
