@@ -8,14 +8,16 @@ import torch
 from torch import Tensor
 
 from adapters.format import AdapterSet
+from model.heads import SEQUENCE_HEAD
 
 
 @dataclass(frozen=True)
 class Distance:
     """Frobenius norms at one place, as transformer.h.3.attn.lora_qkv, transformer.ln_f, classifier.
 
-    Of LoRA's update scaling * B @ A; of a LayerNorm or a head, of what it is beyond the
-    backbone's own, or beyond 0 where the backbone has none.
+    Of LoRA's update scaling * B @ A; of a LayerNorm, a head or the CLS embedding, of what it is
+    beyond the backbone's own, or beyond 0 where the backbone has none. A sequence head counts as
+    the map that it is, A * W and B, since only the product of A and W matters.
     """
 
     key: str
@@ -41,6 +43,8 @@ def distances(a: AdapterSet, b: AdapterSet, base: Mapping[str, Tensor]) -> list[
 
 def _place(name: str) -> str:
     """transformer.h.0.attn.lora_qkv.A.weight -> transformer.h.0.attn.lora_qkv"""
+    if name in SEQUENCE_HEAD:
+        return "sequence_head"
     return name.removesuffix(".weight").removesuffix(".bias").removesuffix(".A").removesuffix(".B")
 
 
@@ -74,8 +78,10 @@ def _factors(place: str, adapter: AdapterSet) -> tuple[Tensor, Tensor] | None:
 def _replaced(
     place: str, names: list[str], a: AdapterSet, b: AdapterSet, base: Mapping[str, Tensor]
 ) -> Distance:
-    """Of LayerNorms and heads, whose tensors stand in place of the backbone's."""
+    """Of LayerNorms, heads and the CLS embedding, which stand in place of the backbone's."""
     first, second = ([_change(name, each, base) for name in names] for each in (a, b))
+    if place == "sequence_head":
+        first, second = ([_sequence_change(each, base)] for each in (a, b))
     alike = place != "classifier" or not (a.labels and b.labels) or a.labels == b.labels
     pairs = zip(first, second, strict=True)
     between = _norm([one - other for one, other in pairs]) if alike else None
@@ -89,6 +95,19 @@ def _change(name: str, adapter: AdapterSet, base: Mapping[str, Tensor]) -> Tenso
     own = base.get(name)
     value = adapter.tensors[name].double()
     return value if own is None else value - own.double()
+
+
+def _sequence_change(adapter: AdapterSet, base: Mapping[str, Tensor]) -> Tensor:
+    """(C + 1,) A * W and B beyond the backbone's; the scalar 0 for a set without the head."""
+    if SEQUENCE_HEAD[0] not in adapter.tensors:
+        return torch.zeros((), dtype=torch.float64)
+    own = _sequence_map(adapter.tensors)
+    return own - _sequence_map(base) if SEQUENCE_HEAD[0] in base else own
+
+
+def _sequence_map(tensors: Mapping[str, Tensor]) -> Tensor:
+    weight, a, b = (tensors[name].double() for name in SEQUENCE_HEAD)
+    return torch.cat((a * weight[0], b))
 
 
 def _norm(parts: list[Tensor]) -> float:

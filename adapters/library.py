@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor
-
 from adapters.errors import (
     Damaged,
     InUse,
@@ -37,6 +35,7 @@ from adapters.validate import MAX_RANK, validate
 from adapters.versions import Record, Version
 from model.checkpoint import Backbone
 from model.encoder import Encoder
+from model.heads import TrunkHeads
 
 log = logging.getLogger("trunkline.adapters")
 
@@ -78,7 +77,7 @@ class Library:
         max_rank: int = MAX_RANK,
     ) -> None:
         self.backbone, self.encoder, self.max_rank = backbone, encoder, max_rank
-        self._probe = Probe(encoder, _critic_of(backbone, encoder))
+        self._probe = Probe(encoder, TrunkHeads.of(backbone.tensors, encoder.device))
         self._lock_file = _lock(folder)
         self.store = BlobStore(folder / "blobs", quota)
         self.registry = Registry(folder / "registry.sqlite")
@@ -195,7 +194,7 @@ class Library:
         )
         self.slots.check_size(adapter)
         delta = self._probe.delta(adapter)
-        read_off_only = manifest.labels or manifest.calibration  # heads that move no state
+        read_off_only = manifest.labels or manifest.calibration  # the probe does not show these
         if delta == 0 and not read_off_only and not upload.allow_zero:
             raise NoEffect(
                 "the adapter changes nothing: is every B zero? (allow_zero=true takes it)"
@@ -299,11 +298,6 @@ class Library:
                 raise Invalid(error.details["reason"], f"{path}: {error.message}") from error
             finally:
                 incoming.discard()
-
-
-def _critic_of(backbone: Backbone, encoder: Encoder) -> Tensor | None:
-    weight = backbone.tensors.get("critic_head.weight")
-    return None if weight is None else weight[0].float().to(encoder.device)
 
 
 def _lock(folder: Path) -> int:

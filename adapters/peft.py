@@ -100,8 +100,8 @@ def import_peft(folder: Path, backbone: Backbone, out: Path) -> Manifest:
 def export_peft(file: Path, backbone: Backbone, out: Path) -> list[str]:
     """Make the PEFT folder `out` of an adapter file, for model.gpt.GPT of the backbone.
 
-    Returns the names of the tensors that PEFT has no place for: calibration, classifier, and the
-    critic head where the GPT has none. Raises PeftRefused or Invalid.
+    Returns the names of the tensors that PEFT has no place for: calibration, classifier, sequence
+    head, CLS embedding, and the critic head where the GPT has none. Raises PeftRefused or Invalid.
     """
     adapter = read_adapter(file)
     manifest = _validated(adapter, backbone)

@@ -7,7 +7,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from adapters.errors import Invalid
 from adapters.format import FORMAT, AdapterSet
 from model.checkpoint import norm_shapes
 from model.config import LORA_SITES, GPTConfig
-from model.heads import CALIBRATION_BUCKETS
+from model.heads import CALIBRATION_BUCKETS, SEQUENCE_HEAD
 
 MAX_RANK = 64
 MAX_LABELS = 10_000
@@ -39,15 +39,22 @@ class Manifest:
     critic: bool = False
     calibration: bool = False
     labels: tuple[str, ...] = ()
+    sequence_head: bool = False
+    cls_embedding: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"labels": list(self.labels)}
 
     @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> "Manifest":
-        """The inverse of to_dict, also after a way through JSON, which makes keys strings."""
-        ranks = {int(layer): sites for layer, sites in fields["ranks"].items()}
-        return cls(**fields | {"ranks": ranks, "labels": tuple(fields["labels"])})
+    def from_dict(cls, stored: dict[str, Any]) -> "Manifest":
+        """The inverse of to_dict, also after a way through JSON, which makes keys strings.
+
+        A registry keeps the manifests of other versions of this program: a field that they lack
+        has its default, and one that this version does not know is left out.
+        """
+        ranks = {int(layer): sites for layer, sites in stored["ranks"].items()}
+        known = {each.name: stored[each.name] for each in fields(cls) if each.name in stored}
+        return cls(**known | {"ranks": ranks, "labels": tuple(stored["labels"])})
 
     @property
     def rank(self) -> int:
@@ -68,12 +75,21 @@ def validate(
     ranks = _check_lora(shapes, config, max_rank)
     labels = _check_classifier(shapes, adapter, config)
     _check_others(shapes, config)
+    _check_sequence_head(shapes)
     for name, tensor in adapter.tensors.items():
         _check_values(name, tensor, serving_dtype)
     _check_scaled(adapter, serving_dtype)
     norms = sorted({name.rpartition(".")[0] for name in shapes if ".ln_" in name})
     _check_norm_pairs(norms, shapes, config)
-    return Manifest(ranks, norms, "critic_head.weight" in shapes, "calibration" in shapes, labels)
+    return Manifest(
+        ranks,
+        norms,
+        critic="critic_head.weight" in shapes,
+        calibration="calibration" in shapes,
+        labels=labels,
+        sequence_head=SEQUENCE_HEAD[0] in shapes,
+        cls_embedding="cls_embedding" in shapes,
+    )
 
 
 def _check_metadata(metadata: Mapping[str, str], base_digest: str) -> None:
@@ -169,7 +185,11 @@ def _check_others(shapes: Mapping[str, tuple[int, ...]], config: GPTConfig) -> N
     allowed = norm_shapes(config) | {
         "critic_head.weight": (1, config.n_embd),
         "calibration": (CALIBRATION_BUCKETS,),
+        "cls_embedding": (config.n_embd,),
+        **dict(zip(SEQUENCE_HEAD, ((1, config.n_embd), (1,), (1,)), strict=True)),
     }
+    if "cls_embedding" in shapes and config.cls_token_id is None:
+        raise Invalid("no_cls_token", "cls_embedding needs a trunk that has a cls_token_id")
     for number, (name, shape) in enumerate(shapes.items(), 1):
         if _LORA_NAME.fullmatch(name) or name in _CLASSIFIER_NAMES:
             continue
@@ -177,6 +197,12 @@ def _check_others(shapes: Mapping[str, tuple[int, ...]], config: GPTConfig) -> N
             raise _unknown(number, name, [*allowed, *_CLASSIFIER_NAMES, *_lora_names(config)])
         if shape != allowed[name]:
             raise Invalid("wrong_shape", f"{name} must be {list(allowed[name])}, not {list(shape)}")
+
+
+def _check_sequence_head(shapes: Mapping[str, tuple[int, ...]]) -> None:
+    missing = [name for name in SEQUENCE_HEAD if name not in shapes]
+    if 0 < len(missing) < len(SEQUENCE_HEAD):
+        raise Invalid("missing_pair", f"the sequence head comes without its {missing[0]}")
 
 
 def _unknown(number: int, name: str, known: Iterable[str]) -> Invalid:

@@ -9,7 +9,8 @@ from torch import Tensor
 from adapters.arena import aligned
 from adapters.format import AdapterSet
 from model.config import LORA_SITES, GPTConfig
-from model.lora import AdapterWeights, Classifier, Site
+from model.heads import SEQUENCE_HEAD
+from model.lora import AdapterWeights, Classifier, SequenceHead, Site
 
 Place = Callable[[Tensor, torch.dtype], Tensor]  # a tensor -> its copy where it is to be used
 
@@ -37,8 +38,8 @@ def placed_bytes(adapter: AdapterSet, dtype: torch.dtype) -> int:
     total = 0
     for name, tensor in adapter.tensors.items():
         if name != "calibration":
-            head = name.startswith(("critic_head.", "classifier."))
-            itemsize = (torch.float32 if head else dtype).itemsize
+            in_trunk = ".lora_" in name or ".ln_" in name  # what else there is stays in float32
+            itemsize = (dtype if in_trunk else torch.float32).itemsize
             total += aligned(math.prod(tensor.shape) * itemsize)
     return total
 
@@ -46,18 +47,21 @@ def placed_bytes(adapter: AdapterSet, dtype: torch.dtype) -> int:
 def weights_of(
     adapter: AdapterSet, config: GPTConfig, dtype: torch.dtype, place: Place
 ) -> AdapterWeights:
-    """B transposed with the scaling in it, LayerNorms in `dtype`, heads in float32.
+    """B transposed with the scaling in it, LayerNorms in `dtype`, the rest in float32.
 
     The adapter must have passed validate() for this config.
     """
     tensors = adapter.tensors
     critic, calibration = tensors.get("critic_head.weight"), tensors.get("calibration")
+    cls_embedding = tensors.get("cls_embedding")
     return AdapterWeights(
         _lora(adapter, config, dtype, place),
         _norms(adapter, dtype, place),
         None if critic is None else place(critic[0], torch.float32),
         None if calibration is None else calibration.float(),
         _classifier(adapter, place),
+        _sequence_head(adapter, place),
+        None if cls_embedding is None else place(cls_embedding, torch.float32),
     )
 
 
@@ -94,3 +98,12 @@ def _classifier(adapter: AdapterSet, place: Place) -> Classifier | None:
     bias = adapter.tensors.get("classifier.bias")
     placed_bias = None if bias is None else place(bias, torch.float32)
     return Classifier(place(weight, torch.float32), placed_bias, adapter.labels)
+
+
+def _sequence_head(adapter: AdapterSet, place: Place) -> SequenceHead | None:
+    if SEQUENCE_HEAD[0] not in adapter.tensors:
+        return None
+    weight, a, b = (adapter.tensors[name] for name in SEQUENCE_HEAD)
+    return SequenceHead(
+        place(weight[0], torch.float32), place(a, torch.float32), place(b, torch.float32)
+    )

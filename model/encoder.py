@@ -281,7 +281,7 @@ class Encoder:
     def _through_all_layers(
         self, part: Part, kept: Mapping[int, Tensor], progress: Progress
     ) -> None:
-        x = self._embed(part.batch.ids)  # (N, C)
+        x = self._embed(part.batch.ids, part.lora)  # (N, C)
         if self.stack and self.stack.pays(part.lora):
             to = {layer: states[part.start : part.end] for layer, states in kept.items()}
             real = part.end - part.start  # what gaps there are come after it
@@ -301,12 +301,19 @@ class Encoder:
             final = operators.norm("transformer.ln_f", x, *self.ln_f)
             kept[FINAL][part.start : part.end] = part.real(final)
 
-    def _embed(self, ids: Tensor) -> Tensor:
+    def _embed(self, ids: Tensor, lora: LoraBatch) -> Tensor:
+        """ids (N,) -> (N, C): rows of wte, at [CLS] the adapter's embedding or the trunk's.
+
+        Every path of the forward begins here, so it is the only place that knows of [CLS].
+        """
         x = F.embedding(ids, self.wte)
-        cls_token_id = self.config.cls_token_id
-        if self.cls_embedding is not None and cls_token_id is not None:
-            is_cls = ids.eq(cls_token_id).unsqueeze(-1)
-            x = torch.where(is_cls, self.cls_embedding, x)
+        if self.config.cls_token_id is None:
+            return x.to(self.dtype)
+        is_cls = ids.eq(self.config.cls_token_id)
+        if self.cls_embedding is not None:
+            x = torch.where(is_cls.unsqueeze(-1), self.cls_embedding, x)
+        if lora.replaces_cls:
+            x = lora.replace_cls_(is_cls, x)
         return x.to(self.dtype)
 
 

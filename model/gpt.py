@@ -2,7 +2,7 @@
 never served."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -11,9 +11,12 @@ from torch.nn import functional as F
 
 from model.config import LORA_SITES, MAIN_MATRICES, GPTConfig
 from model.generate import unmask
+from model.heads import SEQUENCE_HEAD
 from model.layers import Block, LayerNorm, LoRALinear
 
 COMPILED_PREFIX = "_orig_mod."
+HEADS = ("critic_head", "sequence_head", "cls_embedding")  # what freeze_base may leave to train
+_HEAD_TENSORS = {"critic_head.weight", "cls_embedding", *SEQUENCE_HEAD}
 # Training-only tensors: guidance, unused without it, and a temperature that nothing reads.
 _UNUSED = re.compile(r"(^|\.)(cross|ln_cross|plan_encoder)\.|^sequence_head\.temperature$")
 
@@ -252,19 +255,20 @@ class GPT(nn.Module):
             groups, lr=learning_rate, betas=betas, fused=device_type == "cuda" or None
         )
 
-    def freeze_base(self, heads: bool = False) -> None:
-        """Train LoRA and LayerNorms alone, and with `heads` the critic and sequence heads too."""
+    def freeze_base(self, heads: Collection[str] = ()) -> None:
+        """Train LoRA and LayerNorms alone, and of HEADS those named in `heads`.
+
+        Raises AttributeError for a head that this model does not have.
+        """
         self.requires_grad_(False)
         for module in self.modules():
             if isinstance(module, (LoRALinear, LayerNorm)):
                 module.requires_grad_(True)
-        if heads:
-            for name in ("critic_head", "sequence_head"):
-                if hasattr(self, name):
-                    getattr(self, name).requires_grad_(True)
+        for name in heads:
+            getattr(self, name).requires_grad_(True)
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
-        """What an adapter file carries: LoRA, LayerNorms and the critic head."""
+        """What an adapter file may carry: LoRA, LayerNorms, heads and the CLS embedding."""
         return {
             name: tensor.detach().clone()
             for name, tensor in self.state_dict().items()
@@ -276,7 +280,8 @@ class GPT(nn.Module):
     ) -> None:
         """Put on an adapter set: its own rank at each site, no LoRA where it has none.
 
-        LayerNorms and critic head that it carries replace the model's; others stay as they are.
+        LayerNorms, heads and CLS embedding that it carries replace the model's; others stay as
+        they are.
         Scaling is alpha / r, with rsLoRA alpha / sqrt(r). Raises ValueError, with nothing changed,
         for a tensor that has no place in this model.
         """
@@ -304,6 +309,9 @@ class GPT(nn.Module):
         for path in paths:
             if (f"{path}.A.weight" in state) != (f"{path}.B.weight" in state):
                 raise ValueError(f"{path} has only one of A and B")
+        missing = [name for name in SEQUENCE_HEAD if name not in state]
+        if 0 < len(missing) < len(SEQUENCE_HEAD):
+            raise ValueError(f"the sequence head comes without its {missing[0]}")
         lora = {f"{path}.{matrix}.weight" for path in paths for matrix in "AB"}
         others = {n for n in self.state_dict() if is_adapter_tensor(n) and ".lora_" not in n}
         strange = sorted(name for name in state if name not in lora | others)
@@ -312,8 +320,8 @@ class GPT(nn.Module):
 
 
 def is_adapter_tensor(name: str) -> bool:
-    """Whether a state-dict name belongs to LoRA, a LayerNorm or the critic head."""
-    return ".lora_" in name or ".ln_" in name or name == "critic_head.weight"
+    """Whether a state-dict name belongs to LoRA, a LayerNorm, a head or the CLS embedding."""
+    return ".lora_" in name or ".ln_" in name or name in _HEAD_TENSORS
 
 
 def _loaded(a: Tensor, b: Tensor, alpha: float, use_rslora: bool) -> LoRALinear:

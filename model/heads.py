@@ -3,16 +3,41 @@
 All in float32, whatever the trunk's dtype.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.lora import Classifier
+from model.lora import Classifier, SequenceHead
 from model.packed import PackedBatch
 
 CALIBRATION_BUCKETS = 100
+SEQUENCE_HEAD = ("sequence_head.base_predictor.weight", "sequence_head.A", "sequence_head.B")
+
+
+@dataclass(frozen=True)
+class TrunkHeads:
+    """The critic and the sequence head of a backbone, where it has them, in float32."""
+
+    critic: Tensor | None  # (C,)
+    sequence: SequenceHead | None
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], device: torch.device) -> "TrunkHeads":
+        """tensors are those of a backbone folder, by name."""
+        placed = {
+            name: tensors[name].to(device, torch.float32)
+            for name in ("critic_head.weight", *SEQUENCE_HEAD)
+            if name in tensors
+        }
+        critic = placed.get("critic_head.weight")
+        sequence = None
+        if SEQUENCE_HEAD[0] in placed:
+            weight, a, b = (placed[name] for name in SEQUENCE_HEAD)
+            sequence = SequenceHead(weight[0], a, b)
+        return cls(None if critic is None else critic[0], sequence)
 
 
 def pool(hidden: Tensor, batch: PackedBatch, rows: Sequence[int], pooling: str) -> Tensor:
@@ -61,9 +86,9 @@ def wrongness(logits: Tensor, calibration: Tensor | None) -> Tensor:
     return calibration[buckets]
 
 
-def sequence_scores(first: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """sigmoid(A * Wx + B) of first tokens: (R, C), weight (1, C) -> (R,)."""
-    return torch.sigmoid(a * (first.float() @ weight[0]) + b)
+def sequence_scores(first: Tensor, head: SequenceHead) -> Tensor:
+    """sigmoid(A * Wx + B) of first tokens: (R, C) -> (R,) in 0..1."""
+    return torch.sigmoid(head.a * (first.float() @ head.weight) + head.b)
 
 
 def likeliest_tokens(hidden: Tensor, wte: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,15 @@ class Classifier:
 
 
 @dataclass(frozen=True, eq=False)
+class SequenceHead:
+    """sigmoid(A * Wx + B) of a row's first token: weight (C,), a (1,), b (1,), all float32."""
+
+    weight: Tensor
+    a: Tensor
+    b: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class AdapterWeights:
     """One adapter set on the device, ready to be applied.
 
@@ -36,6 +45,8 @@ class AdapterWeights:
     critic: Tensor | None = None  # (C,) float32
     calibration: Tensor | None = None  # (100,) float32, on the CPU
     classifier: Classifier | None = None
+    sequence_head: SequenceHead | None = None
+    cls_embedding: Tensor | None = None  # (C,) float32, in place of the trunk's at [CLS]
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,9 @@ class LoraBatch:
         self._norms = {
             name for s in self.segments if s.adapter is not None for name in s.adapter.norms
         }
+        self.replaces_cls = any(
+            s.adapter is not None and s.adapter.cls_embedding is not None for s in self.segments
+        )
 
     @classmethod
     def of_rows(
@@ -102,6 +116,18 @@ class LoraBatch:
                         segment = slice(begin, begin + length)
                         y[segment].addmm_(x[segment] @ a.t(), b_t)
         return y
+
+    def replace_cls_(self, is_cls: Tensor, x: Tensor) -> Tensor:
+        """x (N, C), in place: the adapter's own CLS embedding at its segments' [CLS] tokens.
+
+        is_cls (N,) says which tokens are [CLS]. Other tokens keep their bits.
+        """
+        for s in self.segments:
+            own = s.adapter.cls_embedding if s.adapter is not None else None
+            if own is not None:
+                segment = slice(s.start, s.end)
+                x[segment] = torch.where(is_cls[segment, None], own, x[segment])
+        return x
 
     def norm(self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """LayerNorm of x (N, C), each segment under its adapter's own weights where it has them."""

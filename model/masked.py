@@ -22,7 +22,8 @@ class Masked(Objective):
     A row's share of masked tokens is drawn uniformly from `mask_shares`, as in masked diffusion
     (LLaDA, section 2.1, whose range is 0 to 1). From `critic_start` of the training on the critic's
     loss is added, its weight rising to critic_alpha over CRITIC_WARMUP of the training. With a CLS
-    token every second batch is led by it, and the sequence head learns the share of right tokens.
+    token every second batch is led by it, and the sequence head and the CLS embedding learn the
+    share of right tokens, with or without a critic beside them.
     """
 
     fields = ("text",)
@@ -41,14 +42,18 @@ class Masked(Objective):
         self.mask_token_id = gpt.config.mask_token_id
         self.mask_shares, self.critic_start = mask_shares, critic_start
         self.teacher_weight = teacher_weight
-        self.trains_critic = gpt.config.add_critic_head  # type: ignore[misc]
+        self.has_critic = gpt.config.add_critic_head
+        self.has_cls = gpt.config.cls_token_id is not None
+        if gpt.config.critic_alpha > 0:
+            self.heads = ("critic_head",) * self.has_critic
+            self.heads += ("sequence_head", "cls_embedding") * self.has_cls
 
     def example(self, row: Row, names: Sequence[str], tokenizer: Tokenizer) -> Example:
-        room = self.gpt.config.block_size - (self.gpt.config.cls_token_id is not None)
+        room = self.gpt.config.block_size - self.has_cls
         return Example((tokens_of(row, names[0], tokenizer, room).ids,))
 
     def critic_weight(self, share: float) -> float:
-        if not self.gpt.config.add_critic_head:
+        if not (self.has_critic or self.has_cls):
             return 0.0
         rise = (share - self.critic_start) / self.CRITIC_WARMUP
         return self.gpt.config.critic_alpha * min(1.0, max(0.0, rise))
@@ -64,8 +69,9 @@ class Masked(Objective):
             loss = loss + self.teacher_weight * parts["teacher"]
         if weight := self.critic_weight(share):
             filled = self._fill(ids, asked, logits.detach())
-            parts["critic"], parts["sequence"] = self._critic_losses(ids, filled)
-            loss = loss + weight * (parts["critic"] + parts["sequence"])
+            losses = self._critic_losses(ids, filled)
+            parts |= losses
+            loss = loss + weight * sum(losses.values(), loss.new_zeros(()))
         return loss, {name: part.item() for name, part in parts.items()}
 
     def _teacher_loss(self, hidden: Tensor, ids: Tensor, batch: Batch) -> Tensor:
@@ -80,7 +86,7 @@ class Masked(Objective):
             "masked_loss": losses.mean().item(),
             "masked_accuracy": hits.double().mean().item(),
         }
-        if self.trains_critic:
+        if self.has_critic:
             measures["critic_auc"] = area_under_roc(wrong, scores)
         return measures
 
@@ -104,7 +110,7 @@ class Masked(Objective):
             losses = F.cross_entropy(logits, truth, reduction="none")
             filled, keep = self._fill(batch.ids, asked, logits), batch.ids != self.pad_token_id
             wrong = (filled != batch.ids)[keep]
-            scores = self.gpt.critic_scores(filled)[keep] if self.trains_critic else wrong
+            scores = self.gpt.critic_scores(filled)[keep] if self.has_critic else wrong
             parts.append((losses, logits.argmax(-1) == truth, wrong, scores.float()))
         losses, hits, wrong, scores = (torch.cat(column) for column in zip(*parts, strict=True))
         return losses, hits, wrong, scores
@@ -146,18 +152,28 @@ class Masked(Objective):
         drawn = torch.searchsorted(cumulated, point).squeeze(-1).clamp(max=logits.shape[-1] - 1)
         return ids.flatten().index_copy(0, asked, drawn).view_as(ids)
 
-    def _critic_losses(self, ids: Tensor, filled: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the tokens and, where a [CLS] leads, of the rows: binary cross-entropies.
+    def _critic_losses(self, ids: Tensor, filled: Tensor) -> dict[str, Tensor]:
+        """`critic` of the tokens and, where a [CLS] leads, `sequence` of the rows.
 
-        The first is GPT.critic_loss; target 1 is a wrong token. The second is 0 without a [CLS].
+        Both are binary cross-entropies. `critic` is GPT.critic_loss, whose target is 1 for a wrong
+        token; the target of `sequence` is the share of right tokens, the [CLS] among them.
         """
+        led = int(ids[0, 0]) == self.gpt.config.cls_token_id
+        if not (self.has_critic or led):
+            return {}
         hidden, keep = self.hidden(filled), ids != self.pad_token_id
-        scores = self.gpt.critic_head(hidden).squeeze(-1).float()
         wrong = (filled != ids).float()
-        token = F.binary_cross_entropy_with_logits(scores[keep], wrong[keep])
-        if int(ids[0, 0]) != self.gpt.config.cls_token_id:
-            return token, token.new_zeros(())
+        losses = {}
+        if self.has_critic:
+            scores = self.gpt.critic_head(hidden).squeeze(-1).float()
+            losses["critic"] = F.binary_cross_entropy_with_logits(scores[keep], wrong[keep])
+        if led:
+            losses["sequence"] = self._sequence_loss(hidden, wrong, keep)
+        return losses
+
+    def _sequence_loss(self, hidden: Tensor, wrong: Tensor, keep: Tensor) -> Tensor:
+        """hidden (R, T, C) of rows led by [CLS]; wrong and keep (R, T)."""
         right = 1 - (wrong * keep).sum(1) / keep.sum(1)
         head = self.gpt.sequence_head
         raw = head.A * head.base_predictor(hidden[:, 0]).squeeze(-1) + head.B
-        return token, F.binary_cross_entropy_with_logits(raw.float(), right)
+        return F.binary_cross_entropy_with_logits(raw.float(), right)

@@ -20,7 +20,7 @@ Loss = tuple[Tensor, dict[str, float]]  # the loss, and its named parts
 
 class Objective(nn.Module, ABC):
     fields: ClassVar[tuple[str, ...]]  # a row's fields, under their usual names
-    trains_critic: ClassVar[bool] = False
+    heads: tuple[str, ...] = ()  # of the GPT (model.gpt.HEADS), those that its loss trains
 
     def __init__(self, gpt: GPT) -> None:
         super().__init__()

@@ -87,7 +87,7 @@ class TokenLabels(Objective):
     """Tokens that lie in a labelled span score high in the critic head."""
 
     fields = ("text", "spans")
-    trains_critic = True
+    heads = ("critic_head",)
 
     def example(self, row: Row, names: Sequence[str], tokenizer: Tokenizer) -> Example:
         tokens = tokens_of(row, names[0], tokenizer, self.gpt.config.block_size)

@@ -123,8 +123,8 @@ def encoded_row(
     if result.hidden is not None:
         tokens = token_entries(row, tokenizer)
         entry["tokens"] = [t | {"hidden": h} for t, h in zip(tokens, result.hidden, strict=True)]
-    if result.critic_logits is not None:
-        entry["critic"] = critic_summary(result) | {"tokens": critic_tokens(result)}
+    if result.critic_logits is not None or result.sequence_score is not None:
+        entry["critic"] = critic_summary(result) | {"tokens": critic_tokens(row, result)}
     if result.masks is not None:
         entry["logits"] = _mask_entries(result, tokenizer)
     if result.label_scores is not None:
@@ -134,20 +134,20 @@ def encoded_row(
 
 def critic_row(row: Encoded, result: Result, tokenizer: Tokenizer) -> dict[str, Any]:
     """/critic's row: each token with its place in the text and its critic values."""
-    pairs = zip(token_entries(row, tokenizer), critic_tokens(result), strict=True)
+    pairs = zip(token_entries(row, tokenizer), critic_tokens(row, result), strict=True)
     tokens = [token | scores for token, scores in pairs]
     return critic_summary(result) | {"tokens": tokens, "truncated": row.truncated}
 
 
 def critic_summary(result: Result) -> dict[str, Any]:
-    assert result.wrongness is not None
-    score = float(result.wrongness.mean())
+    """`score` is None where only a sequence head scored the row: no critic judged its tokens."""
+    score = None if result.wrongness is None else float(result.wrongness.mean())
     return {"score": score, "sequence_score": result.sequence_score}
 
 
-def critic_tokens(result: Result) -> list[dict[str, Any]]:
-    assert result.critic_logits is not None
-    assert result.wrongness is not None
+def critic_tokens(row: Encoded, result: Result) -> list[dict[str, Any]]:
+    if result.critic_logits is None or result.wrongness is None:
+        return [{"logit": None, "wrongness": None} for _ in row.ids]
     pairs = zip(result.critic_logits.tolist(), result.wrongness.tolist(), strict=True)
     return [{"logit": logit, "wrongness": wrongness} for logit, wrongness in pairs]
 
@@ -210,12 +210,17 @@ def _arrays(result: Result, form: EmbeddingForm) -> dict[str, Any]:
         "tokens": result.hidden,
         "critic": result.critic_logits,
         "critic.wrongness": result.wrongness,
+        "critic.sequence_score": _one(result.sequence_score),
         "logits": result.top_logprobs,
         "logits.ids": result.top_ids,
         "logits.positions": None if result.masks is None else np.array(result.masks, np.int64),
         "labels": result.label_scores,
     }
     return {name: np.ascontiguousarray(a) for name, a in arrays.items() if a is not None}
+
+
+def _one(value: float | None) -> Floats | None:
+    return None if value is None else np.array([value], np.float32)
 
 
 def _embedding_matrix(answered: Answered, form: EmbeddingForm) -> Floats:

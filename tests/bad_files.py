@@ -109,6 +109,12 @@ def _with(value: float, *shape: int) -> Tensor:
     return tensor
 
 
+def _sequence_head(**changes: Tensor | None) -> dict[str, Tensor | None]:
+    """A sound sequence head but for the changes; None leaves a tensor out."""
+    head = {"base_predictor.weight": torch.ones(1, WIDTH), "A": torch.ones(1), "B": torch.ones(1)}
+    return {f"sequence_head.{name}": tensor for name, tensor in (head | changes).items()}
+
+
 def _ranks(a: int, b: int) -> dict[str, Tensor]:
     return {A: torch.randn(a, WIDTH), B: torch.randn(3 * WIDTH, b)}
 
@@ -122,6 +128,19 @@ _TENSOR_FAULTS: dict[str, tuple[dict[str, Tensor | None], str]] = {
     "critic of two rows": ({"critic_head.weight": torch.ones(2, WIDTH)}, "wrong_shape"),
     "calibration of 99": ({"calibration": torch.ones(99)}, "wrong_shape"),
     "calibration of two dimensions": ({"calibration": torch.ones(100, 1)}, "wrong_shape"),
+    "CLS embedding of another width": ({"cls_embedding": torch.ones(5)}, "wrong_shape"),
+    "sequence head of two rows": (
+        _sequence_head(**{"base_predictor.weight": torch.ones(2, WIDTH)}),
+        "wrong_shape",
+    ),
+    "sequence head with two scales": (_sequence_head(A=torch.ones(2)), "wrong_shape"),
+    "sequence head without its A": (_sequence_head(A=None), "missing_pair"),
+    "sequence head without its weight": (
+        _sequence_head(**{"base_predictor.weight": None}),
+        "missing_pair",
+    ),
+    "a NaN in the sequence head": (_sequence_head(B=torch.full((1,), math.nan)), "not_finite"),
+    "an infinity in the CLS embedding": ({"cls_embedding": _with(math.inf, WIDTH)}, "not_finite"),
     "layer out of range": (
         {A.replace(".0.", ".2."): torch.ones(4, WIDTH)},
         "layer_out_of_range",

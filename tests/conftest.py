@@ -68,6 +68,8 @@ def random_adapter(
     norms: bool = False,
     critic: bool = False,
     classes: int = 0,
+    sequence: bool = False,
+    cls: bool = False,
 ) -> dict[str, Tensor]:
     """Adapter tensors with B != 0: rank by (layer, site), or one rank for all of them."""
     torch.manual_seed(seed)
@@ -90,6 +92,11 @@ def random_adapter(
     if classes:
         tensors["classifier.weight"] = torch.randn(classes, width)
         tensors["classifier.bias"] = torch.randn(classes)
+    if sequence:
+        tensors["sequence_head.base_predictor.weight"] = torch.randn(1, width) * 0.5
+        tensors["sequence_head.A"], tensors["sequence_head.B"] = torch.randn(1), torch.randn(1)
+    if cls:
+        tensors["cls_embedding"] = torch.randn(width)
     return tensors
 
 

@@ -13,7 +13,8 @@ from adapters.format import AdapterSet, read_adapter
 from model.checkpoint import read_backbone, state_dict_of
 from model.config import LORA_SITES, GPTConfig
 from model.gpt import GPT, is_adapter_tensor
-from model.lora import AdapterWeights, Classifier
+from model.heads import SEQUENCE_HEAD
+from model.lora import AdapterWeights, Classifier, SequenceHead
 
 
 def under_adapter(
@@ -58,7 +59,14 @@ def served(adapter: AdapterSet, config: GPTConfig, dtype: torch.dtype) -> Adapte
     if "classifier.weight" in own:
         bias = own.get("classifier.bias")
         classifier = Classifier(own["classifier.weight"], bias, adapter.labels)
-    return AdapterWeights(lora, norms, critic, own.get("calibration"), classifier)
+    sequence = None
+    if SEQUENCE_HEAD[0] in own:
+        weight, a, b = (own[name].float() for name in SEQUENCE_HEAD)
+        sequence = SequenceHead(weight[0], a, b)
+    return AdapterWeights(
+        *(lora, norms, critic, own.get("calibration"), classifier),
+        *(sequence, own.get("cls_embedding")),
+    )
 
 
 class Oracle:
@@ -69,7 +77,13 @@ class Oracle:
         self.config, self.tokenizer = backbone.config, backbone.tokenizer
         bare = dataclasses.replace(backbone.config, use_lora_attn=False, use_lora_mlp=False)
         base = GPT(bare).eval()
-        base.load_state_dict(state_dict_of(bare, backbone.tensors))
+        state = state_dict_of(bare, backbone.tensors)
+        self.has_critic = "critic_head.weight" in state
+        self.has_sequence_head = SEQUENCE_HEAD[0] in state
+        if bare.cls_token_id is not None:  # a GPT has them then, a backbone may lack them
+            state.setdefault("cls_embedding", state["transformer.wte.weight"][bare.cls_token_id])
+            state = base.sequence_head.state_dict(prefix="sequence_head.") | state
+        base.load_state_dict(state)
         self.gpts: dict[str | None, GPT] = {None: base}
         self.sets: dict[str, AdapterSet] = {}
         for path in sorted((folder / "adapters").glob("*.safetensors")):

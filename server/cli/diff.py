@@ -73,8 +73,8 @@ def _facts(version: dict[str, Any]) -> dict[tuple[str, str], Any]:
         for site, rank in ranks.items()
     }
     facts |= {("norm", norm): True for norm in applied["norms"]}
-    heads = ("critic", "calibration", "classifier")
-    facts |= {("head", head): True for head in heads if applied[head]}
+    heads = ("critic", "calibration", "classifier", "sequence_head", "cls_embedding")
+    facts |= {("head", head): True for head in heads if applied.get(head)}
     if version["labels"]:
         facts["labels", ""] = ", ".join(version["labels"])
     metadata = {key: value for key, value in version["metadata"].items() if key != "labels"}

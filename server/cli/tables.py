@@ -169,7 +169,9 @@ def changes(version: dict[str, Any]) -> str:
         parts.append(f"{count(sites, 'site')} in layers {layers} (rank {version['rank']})")
     if applied["norms"]:
         parts.append(count(len(applied["norms"]), "LayerNorm"))
-    parts += [head for head in ("critic", "calibration") if applied[head]]
+    heads = {"sequence_head": "sequence head", "cls_embedding": "CLS embedding"}
+    heads = {"critic": "critic", "calibration": "calibration"} | heads
+    parts += [shown for head, shown in heads.items() if applied.get(head)]
     if version["labels"]:
         parts.append(f"a classifier of {count(len(version['labels']), 'label')}")
     return ", ".join(parts) or "nothing"

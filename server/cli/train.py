@@ -18,7 +18,7 @@ from model.checkpoint import (
 )
 from model.config import GPTConfig
 from model.corpus import DataError, Row, read_rows
-from model.gpt import GPT
+from model.gpt import GPT, HEADS
 from model.masked import Masked
 from model.metrics import calibration_table, expected_calibration_error
 from model.objective import Objective
@@ -250,7 +250,7 @@ def _on_frozen_trunk(
         lora_rank=options.pop("rank"),
         lora_alpha=options.pop("alpha"),
         lora_dropout=options.pop("dropout"),
-        add_critic_head=backbone.config.add_critic_head or kind.trains_critic,
+        add_critic_head=backbone.config.add_critic_head or "critic_head" in kind.heads,
     )
     gpt = GPT(config)
     load_weights(gpt, backbone)
@@ -261,7 +261,7 @@ def _on_frozen_trunk(
         task = Masked(gpt, critic_start=critic_start)
     else:
         task = kind(gpt)
-    gpt.freeze_base(heads=task.trains_critic)
+    gpt.freeze_base(task.heads)
     return task
 
 
@@ -272,9 +272,12 @@ def _write_adapter(
     metrics: dict[str, float],
     metadata: dict[str, str],
 ) -> None:
-    tensors = task.gpt.adapter_state_dict()
-    if not task.trains_critic:
-        tensors.pop("critic_head.weight", None)
+    untrained = set(HEADS) - set(task.heads)  # the trunk's serve as well, or there are none
+    tensors = {
+        name: tensor
+        for name, tensor in task.gpt.adapter_state_dict().items()
+        if name.partition(".")[0] not in untrained
+    }
     if isinstance(task, Classify):
         head = task.classifier.state_dict()
         tensors |= {f"classifier.{name}": tensor for name, tensor in head.items()}

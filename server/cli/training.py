@@ -91,9 +91,12 @@ def sentences() -> Iterator[None]:
 def load_weights(gpt: GPT, backbone: Backbone) -> None:
     """The backbone's weights into the model; LoRA and heads that it lacks stay as they are.
 
-    Raises ValueError for a model of another shape.
+    A backbone without a CLS embedding of its own is served with wte's row, so training begins
+    there. Raises ValueError for a model of another shape.
     """
     state = state_dict_of(backbone.config, backbone.tensors)
+    if gpt.config.cls_token_id is not None:
+        state.setdefault("cls_embedding", state["transformer.wte.weight"][gpt.config.cls_token_id])
     try:
         gpt.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=False)
     except RuntimeError as error:

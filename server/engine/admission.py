@@ -13,8 +13,10 @@ from adapters.errors import TrunklineError
 from adapters.leases import Lease
 from adapters.library import Library
 from adapters.names import BASE
+from adapters.validate import Manifest
 from adapters.versions import Version
 from model.checkpoint import Backbone
+from model.heads import SEQUENCE_HEAD
 from server.engine.errors import (
     BadInput,
     ClassifierNotAvailable,
@@ -102,6 +104,7 @@ class Admission:
     ) -> None:
         self.library, self.config, self.permits = library, backbone.config, permits
         self.has_critic = "critic_head.weight" in backbone.tensors
+        self.has_sequence_head = SEQUENCE_HEAD[0] in backbone.tensors
         self.max_request_tokens = max_request_tokens
         self.queue, self.rate, self.max_wait_s = queue, rate, max_wait_s
 
@@ -125,7 +128,7 @@ class Admission:
         error = self.refusal(references, most_s, key, tokens)  # first: it is to cost little
         if error is not None:
             raise error
-        leases = self._lease_all(references, ask)
+        leases = self._lease_all(references, rows, ask)
         self.permits.take(tokens)
         return self._jobs(rows, leases, ask, deadline, key)
 
@@ -168,7 +171,9 @@ class Admission:
             return None
         return self.library.version(reference)
 
-    def _lease_all(self, references: Collection[str | None], ask: Ask) -> dict[str | None, Leased]:
+    def _lease_all(
+        self, references: Collection[str | None], rows: Sequence[Row], ask: Ask
+    ) -> dict[str | None, Leased]:
         """Each reference resolved once, with a lease; all or none."""
         leases: dict[str | None, Leased] = {}
         try:
@@ -177,18 +182,33 @@ class Admission:
                     leases[reference] = None
                 else:
                     leases[reference] = self.library.lease(reference)
-                self._check_heads(leases[reference], ask)
+                self._check_heads(leases[reference], reference, rows, ask)
         except TrunklineError:
             _release_all(leases)
             raise
         return leases
 
-    def _check_heads(self, leased: Leased, ask: Ask) -> None:
+    def _check_heads(
+        self, leased: Leased, reference: str | None, rows: Sequence[Row], ask: Ask
+    ) -> None:
         manifest = leased[0].manifest if leased else None
         if "critic" in ask.outputs and not (self.has_critic or (manifest and manifest.critic)):
-            raise CriticNotAvailable("neither the backbone nor the adapter has a critic head")
+            self._check_sequence_heads(manifest, [row for row in rows if row.adapter == reference])
         if "labels" in ask.outputs and not (manifest and manifest.labels):
             raise ClassifierNotAvailable("the adapter has no classifier")
+
+    def _check_sequence_heads(self, manifest: Manifest | None, rows: Sequence[Row]) -> None:
+        """Without a critic head, a row can still have a sequence score where [CLS] leads it.
+
+        Raises CriticNotAvailable for rows that nothing could be answered for.
+        """
+        if not (self.has_sequence_head or (manifest and manifest.sequence_head)):
+            raise CriticNotAvailable("neither the backbone nor the adapter has a critic head")
+        if any(row.ids[0] != self.config.cls_token_id for row in rows):
+            raise CriticNotAvailable(
+                "neither the backbone nor the adapter has a critic head, only a sequence head, "
+                "which scores rows whose first token is [CLS]"
+            )
 
     def _jobs(
         self,

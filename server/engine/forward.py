@@ -10,6 +10,7 @@ from torch import Tensor
 from model.checkpoint import Backbone
 from model.encoder import FINAL, Encoder, Progress
 from model.heads import (
+    TrunkHeads,
     critic_logits,
     label_scores,
     likeliest_tokens,
@@ -17,7 +18,7 @@ from model.heads import (
     sequence_scores,
     wrongness,
 )
-from model.lora import Classifier
+from model.lora import Classifier, SequenceHead
 from server.engine.batcher import Batch
 from server.engine.errors import NonFiniteResult
 from server.engine.job import Floats, Result
@@ -34,17 +35,7 @@ class Forward:
         self.backbone, self.config = backbone, backbone.config
         self.encoder = Encoder(self.config, backbone.tensors, dtype, device, int8=int8)
         self.progress = Progress()  # of the device thread alone: probes forward beside it
-        heads = {
-            name: tensor.to(device, torch.float32)
-            for name, tensor in backbone.tensors.items()
-            if "_head." in name
-        }
-        self.critic = heads["critic_head.weight"][0] if "critic_head.weight" in heads else None
-        self.sequence_head = [
-            heads[f"sequence_head.{part}"]
-            for part in ("base_predictor.weight", "A", "B")
-            if f"sequence_head.{part}" in heads
-        ]
+        self.heads = TrunkHeads.of(backbone.tensors, device)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> list[Result]:
@@ -56,6 +47,7 @@ class Forward:
             *self._embeddings(batch, states, results),
             *self._hidden(batch, states, results),
             *self._critic(batch, states, results),
+            *self._sequence_scores(batch, states, results),
             *self._mask_logits(batch, states, results),
             *self._labels(batch, states, results),
         ]
@@ -90,8 +82,9 @@ class Forward:
             if "critic" not in job.ask.outputs:
                 continue
             own = job.weights.critic if job.weights else None
-            weight = own if own is not None else self.critic
-            assert weight is not None, "admission lets no job without a critic ask for it"
+            weight = own if own is not None else self.heads.critic
+            if weight is None:
+                continue  # a row led by [CLS], which asks for its sequence score alone
             own = job.weights.calibration if job.weights else None
             table = own if own is not None else self.backbone.calibration
             heads.setdefault((id(weight), id(table)), (weight, table, []))[2].append(row)
@@ -103,19 +96,25 @@ class Forward:
                 rows, np.split(logits.numpy(), ends), wrong, strict=True
             ):
                 results[row].critic_logits, results[row].wrongness = its_logits, its_wrong
-            self._sequence_scores(batch, states, rows, results)
             yield logits.numpy()
 
     def _sequence_scores(
-        self, batch: Batch, states: States, rows: Sequence[int], results: list[Result]
-    ) -> None:
-        rows = [row for row in rows if batch.jobs[row].ids[0] == self.config.cls_token_id]
-        if not self.sequence_head or not rows:
-            return
-        first = states[FINAL][[batch.packed.starts[row] for row in rows]]
-        scores = sequence_scores(first, *self.sequence_head).tolist()
-        for row, score in zip(rows, scores, strict=True):
-            results[row].sequence_score = score
+        self, batch: Batch, states: States, results: list[Result]
+    ) -> Iterator[Floats]:
+        heads: dict[int, tuple[SequenceHead, list[int]]] = {}
+        for row, job in enumerate(batch.jobs):
+            if "critic" not in job.ask.outputs or job.ids[0] != self.config.cls_token_id:
+                continue
+            own = job.weights.sequence_head if job.weights else None
+            head = own or self.heads.sequence
+            if head is not None:
+                heads.setdefault(id(head), (head, []))[1].append(row)
+        for head, rows in heads.values():
+            first = states[FINAL][[batch.packed.starts[row] for row in rows]]
+            scores = _floats(sequence_scores(first, head))
+            for row, score in zip(rows, scores.tolist(), strict=True):
+                results[row].sequence_score = score
+            yield scores
 
     def _mask_logits(self, batch: Batch, states: States, results: list[Result]) -> Iterator[Floats]:
         for row, job in enumerate(batch.jobs):
@@ -171,6 +170,7 @@ def _finite_or_error(result: Result) -> Result:
         result.critic_logits,
         result.top_logprobs,
         result.label_scores,
+        result.sequence_score,
     )
     if all(array is None or np.isfinite(array).all() for array in arrays):
         return result

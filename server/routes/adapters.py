@@ -281,6 +281,8 @@ def _applied(manifest: Manifest) -> dict[str, Any]:
         "critic": manifest.critic,
         "calibration": manifest.calibration,
         "classifier": bool(manifest.labels),
+        "sequence_head": manifest.sequence_head,
+        "cls_embedding": manifest.cls_embedding,
     }
 
 

@@ -88,6 +88,26 @@ def test_layer_norms_and_heads_count_from_what_the_trunk_has_there() -> None:
     assert of_none.a == pytest.approx(float(a.tensors["critic_head.weight"].double().norm()))
 
 
+def test_a_sequence_head_counts_as_the_map_that_it_is() -> None:
+    """A * W and B: the same head with W twice and A half as large is no other head."""
+    a = set_of(seed=6, ranks={}, sequence=True, cls=True)
+    weight, scale = "sequence_head.base_predictor.weight", "sequence_head.A"
+    same = {weight: a.tensors[weight] * 2, scale: a.tensors[scale] / 2}
+    b = set_of(same, seed=6, ranks={}, sequence=True, cls=True)
+    found = apart(a, b)
+    assert set(found) == {"sequence_head", "cls_embedding"}
+    assert found["sequence_head"].between == pytest.approx(0.0, abs=1e-12)
+    own, trunk = (
+        torch.cat((x[scale].double() * x[weight][0].double(), x["sequence_head.B"].double()))
+        for x in (a.tensors, BASE)
+    )
+    assert found["sequence_head"].a == pytest.approx(float((own - trunk).norm()), rel=1e-12)
+    alone = apart(a, set_of(seed=1, ranks=1))
+    assert alone["sequence_head"].between == alone["sequence_head"].a
+    moved = a.tensors["cls_embedding"].double() - BASE["cls_embedding"].double()
+    assert alone["cls_embedding"].a == pytest.approx(float(moved.norm()), rel=1e-12)
+
+
 def test_classifiers_are_subtracted_where_their_labels_are_the_same() -> None:
     a, b, other = (set_of(seed=s, ranks={}, classes=c) for s, c in ((8, 3), (9, 3), (10, 4)))
     names = ("classifier.weight", "classifier.bias")

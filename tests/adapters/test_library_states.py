@@ -27,6 +27,7 @@ from adapters.errors import (
     Conflict,
     Damaged,
     Invalid,
+    NoEffect,
     NotFound,
     PoolFull,
     TrunklineError,
@@ -369,6 +370,23 @@ def test_a_calibration_table_alone_is_an_effect(tmp_path: Path) -> None:
     table = {"calibration": torch.linspace(0, 1, 100)}
     version = put(library, "calibrated", adapter_bytes(table, {"lora_alpha": "1.0"}))
     assert version.manifest.calibration
+    library.close()
+
+
+@pytest.mark.parametrize("part", ["sequence", "cls"])
+def test_a_sequence_head_or_a_cls_embedding_alone_is_an_effect(tmp_path: Path, part: str) -> None:
+    """Both show only in rows that begin with [CLS]; a copy of the trunk's own changes nothing."""
+    library = Library(tmp_path, backbone(), encoder(), make_pool)
+    own = random_adapter(TINY, 1, ranks={}, **{part: True})
+    version = put(library, "scorer", adapter_bytes(own, {"lora_alpha": "1.0"}))
+    assert version.record.probe_delta > 0.01
+    assert (version.manifest.sequence_head, version.manifest.cls_embedding) == (
+        part == "sequence",
+        part == "cls",
+    )
+    copies = adapter_bytes({n: backbone().tensors[n] for n in own}, {"lora_alpha": "1.0"})
+    with pytest.raises(NoEffect):
+        put(library, "copy", copies)
     library.close()
 
 

@@ -70,7 +70,9 @@ def all_tensors(weights: AdapterWeights) -> list[torch.Tensor]:
     parts += [weights.critic] if weights.critic is not None else []
     if weights.classifier is not None:
         parts += [weights.classifier.weight, weights.classifier.bias]
-    return parts
+    if weights.sequence_head is not None:
+        parts += [getattr(weights.sequence_head, name) for name in ("weight", "a", "b")]
+    return parts + ([] if weights.cls_embedding is None else [weights.cls_embedding])
 
 
 def assert_same_weights(one: AdapterWeights, two: AdapterWeights) -> None:
@@ -115,6 +117,7 @@ def test_freed_extents_are_poisoned_with_nan_in_debug_mode(pools) -> None:
 
 def test_a_slot_has_exactly_the_adapter_s_weights(pools) -> None:
     full = {"norms": True, "critic": True, "classes": 3, "ranks": {(1, "mlp.lora_fc"): 7}}
+    full |= {"sequence": True, "cls": True}
     pool = pools(4, lambda name: adapter(seed_of(name), **full))
     pool.load_now(digest(3), 10)
     slot = pool.hold(digest(3))
@@ -123,6 +126,7 @@ def test_a_slot_has_exactly_the_adapter_s_weights(pools) -> None:
         adapter(3, **full), TINY, torch.float32, lambda tensor, dtype: tensor.to(dtype)
     )
     assert_same_weights(slot.weights, expected)
+    assert len(all_tensors(expected)) == len(adapter(3, **full).tensors)
     assert slot.extent.bytes == placed_bytes(adapter(3, **full), torch.float32)
 
 

@@ -69,7 +69,8 @@ def test_an_unknown_tensor_is_told_by_its_place_and_the_nearest_name_never_by_it
 
 
 def test_a_whole_set_is_told_as_what_it_changes() -> None:
-    file = set_bytes(DIGEST, {"calibration": torch.ones(100)}, norms=True, critic=True, classes=3)
+    heads = {"critic": True, "classes": 3, "sequence": True, "cls": True}
+    file = set_bytes(DIGEST, {"calibration": torch.ones(100)}, norms=True, **heads)
     sites = dict.fromkeys(("attn.lora_qkv", "attn.lora_out", "mlp.lora_fc", "mlp.lora_proj"), 4)
     manifest = manifest_of(file)
     assert manifest == Manifest(
@@ -78,9 +79,26 @@ def test_a_whole_set_is_told_as_what_it_changes() -> None:
         critic=True,
         calibration=True,
         labels=("label-0", "label-1", "label-2"),
+        sequence_head=True,
+        cls_embedding=True,
     )
     assert manifest.rank == 4
     assert Manifest.from_dict(manifest.to_dict()) == manifest
+
+
+def test_a_manifest_of_another_version_of_the_program_is_read() -> None:
+    """A registry outlives the program: old records lack fields, newer ones have more."""
+    stored = Manifest(critic=True).to_dict()
+    old = {n: v for n, v in stored.items() if n not in ("sequence_head", "cls_embedding")}
+    assert Manifest.from_dict(old) == Manifest(critic=True)
+    assert Manifest.from_dict(stored | {"of_a_later_version": 1}) == Manifest(critic=True)
+
+
+def test_a_cls_embedding_needs_a_trunk_with_a_cls_token() -> None:
+    config = dataclasses.replace(TINY, cls_token_id=None)
+    assert reason_of(set_bytes(DIGEST, cls=True), config=config) == "no_cls_token"
+    assert manifest_of(set_bytes(DIGEST, sequence=True), config).sequence_head
+    assert manifest_of(set_bytes(DIGEST, cls=True)).cls_embedding
 
 
 def test_any_subset_of_sites_with_any_ranks_is_taken() -> None:
@@ -106,6 +124,8 @@ def test_heads_alone_and_layer_norms_alone_are_sets() -> None:
     assert manifest_of(set_bytes(DIGEST, ranks={}, critic=True)).critic
     assert manifest_of(set_bytes(DIGEST, ranks={}, classes=2)).labels == ("label-0", "label-1")
     assert manifest_of(set_bytes(DIGEST, ranks={}, norms=True)).norms
+    assert manifest_of(set_bytes(DIGEST, ranks={}, sequence=True)).sequence_head
+    assert manifest_of(set_bytes(DIGEST, ranks={}, cls=True)).cls_embedding
 
 
 def test_a_classifier_without_a_bias_is_taken_and_labels_have_a_bound() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import KIT, TINY, random_adapter, random_gpt
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from reference import Oracle, served, states_of, under_adapter
 from safetensors.torch import load_file
@@ -21,7 +21,7 @@ from model.checkpoint import backbone_tensors, norm_names, read_backbone
 from model.config import LORA_SITES, MAIN_MATRICES, GPTConfig
 from model.encoder import FINAL, Encoder
 from model.gpt import GPT
-from model.heads import critic_logits, label_scores, pool
+from model.heads import TrunkHeads, critic_logits, label_scores, pool, sequence_scores
 from model.lora import AdapterWeights, LoraBatch
 from model.packed import PackedBatch
 from model.parts import parts_of
@@ -102,13 +102,22 @@ def configs(draw: st.DrawFn) -> GPTConfig:
 
 @st.composite
 def adapter_sets(draw: st.DrawFn, config: GPTConfig) -> AdapterSet:
-    """Any sites, any ranks, any LayerNorms, with or without critic and classifier."""
+    """Any sites, any ranks, any LayerNorms, any heads, with or without a CLS embedding."""
     sites = [(layer, site) for layer in range(config.n_layer) for site in LORA_SITES]
     rank = st.sampled_from([1, 2, 8, 64]) | st.integers(1, 64)
     ranks = draw(st.dictionaries(st.sampled_from(sites), rank, max_size=len(sites)))
     classes = draw(st.sampled_from([0, 1, 5]))
     seed = draw(st.integers(0, 1 << 30))
-    tensors = random_adapter(config, seed, ranks=ranks, critic=draw(st.booleans()), classes=classes)
+    has_cls = config.cls_token_id is not None
+    tensors = random_adapter(
+        config,
+        seed,
+        ranks=ranks,
+        critic=draw(st.booleans()),
+        classes=classes,
+        sequence=has_cls and draw(st.booleans()),
+        cls=has_cls and draw(st.booleans()),
+    )
     for name in draw(st.sets(st.sampled_from(norm_names(config)))):
         tensors[f"{name}.weight"] = 1 + torch.randn(config.n_embd) * 0.3
         if config.bias:
@@ -128,9 +137,13 @@ def cases(draw: st.DrawFn) -> Case:
     adapters = draw(st.lists(adapter_sets(config), max_size=3))
     which = st.sampled_from([None, *range(len(adapters))])
     lengths = st.just(config.block_size) | st.integers(1, config.block_size)
-    plan = draw(st.lists(st.tuples(lengths, which), min_size=1, max_size=16))
+    led = st.booleans()  # by [CLS], where there is one
+    plan = draw(st.lists(st.tuples(lengths, which, led), min_size=1, max_size=16))
     torch.manual_seed(seed)
-    rows = [Row(torch.randint(config.vocab_size, (n,)), adapter) for n, adapter in plan]
+    rows = [Row(torch.randint(config.vocab_size, (n,)), adapter) for n, adapter, _ in plan]
+    for row, (_, _, begins_with_cls) in zip(rows, plan, strict=True):
+        if begins_with_cls and config.cls_token_id is not None:
+            row.ids[0] = config.cls_token_id
     return Case(lively_gpt(config, seed), adapters, rows)
 
 
@@ -194,6 +207,23 @@ def test_critic_and_classifier_are_the_adapter_s_own_where_it_has_them(case: Cas
             logits = tensors["classifier.weight"] @ mean + tensors["classifier.bias"]
             found = label_scores(pool(hidden, batch, [number], "mean"), own.classifier)
             assert_close(found[0], logits.softmax(0))
+
+
+@examples(40)
+@given(cases())
+def test_sequence_score_is_the_adapter_s_own_where_it_has_a_head(case: Case) -> None:
+    """A row's CLS embedding and head are each its adapter's or the trunk's, whatever is beside."""
+    assume(case.config.cls_token_id is not None)
+    weights, references = weights_for(case), case.references()
+    trunk = TrunkHeads.of(case.gpt.state_dict(), torch.device("cpu")).sequence
+    batch = packed([row.ids for row in case.rows])
+    lora = LoraBatch.of_rows(batch.lengths, weights)
+    hidden = encoder_of(case.gpt).forward(batch, lora)[FINAL]
+    for row, own, start in zip(case.rows, weights, batch.starts, strict=True):
+        head = (own.sequence_head if own else None) or trunk
+        score = sequence_scores(hidden[start : start + 1], head)
+        expected = references[row.adapter].sequence_scores(row.ids[None], torch.ones(1, 1))
+        assert_close(score, expected.detach())
 
 
 @examples(30)

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model.config import LORA_SITES, MAIN_MATRICES, GPTConfig
-from model.gpt import GPT
+from model.gpt import GPT, HEADS, is_adapter_tensor
+from model.heads import SEQUENCE_HEAD
 from model.layers import LayerNorm, LoRALinear
 
 KIT_TOLERANCE = 2e-4  # max abs, float32: the kit's own
@@ -324,14 +325,17 @@ def test_a_step_moves_a_shared_matrix_as_one() -> None:
     assert 0 < moved <= 1.01e-3  # Adam's first step is at most the learning rate: made once
 
 
-@pytest.mark.parametrize("heads", [False, True])
-def test_a_frozen_base_trains_lora_and_layernorms_and_heads_on_request(heads: bool) -> None:
+@pytest.mark.parametrize("heads", [(), ("critic_head",), HEADS])
+def test_a_frozen_base_trains_lora_and_layernorms_and_heads_on_request(
+    heads: tuple[str, ...],
+) -> None:
     gpt = GPT(TINY)
-    gpt.freeze_base(heads=heads)
+    gpt.freeze_base(heads)
     trainable = {id(p) for p in gpt.parameters() if p.requires_grad}
-    wanted = [m for m in gpt.modules() if isinstance(m, (LoRALinear, LayerNorm))]
-    wanted += [gpt.critic_head, gpt.sequence_head] if heads else []
-    assert trainable == {id(p) for module in wanted for p in module.parameters()}
+    modules = [m for m in gpt.modules() if isinstance(m, (LoRALinear, LayerNorm))]
+    modules += [getattr(gpt, name) for name in heads if name != "cls_embedding"]
+    wanted = {id(p) for module in modules for p in module.parameters()}
+    assert trainable == wanted | ({id(gpt.cls_embedding)} if "cls_embedding" in heads else set())
     groups = gpt.configure_optimizers(0.1, 1e-3, (0.9, 0.95)).param_groups
     assert {id(p) for group in groups for p in group["params"]} == trainable
 
@@ -403,19 +407,21 @@ def test_an_adapter_state_dict_round_trips_onto_a_fresh_model_of_the_trunk() -> 
     other = copy.deepcopy(tuned)
     with torch.no_grad():
         for name, parameter in other.named_parameters():
-            if ".lora_" in name or ".ln_" in name or "critic" in name:
+            if is_adapter_tensor(name):
                 parameter.add_(torch.randn_like(parameter))
     state = tuned.adapter_state_dict()
     other.load_adapter_state_dict(state, lora_alpha=TINY.lora_alpha)
     idx = some_ids(2, 11)
     assert torch.equal(other(idx)[0], tuned(idx)[0])
     assert torch.equal(other.critic_scores(idx), tuned.critic_scores(idx))
+    idx[:, 0] = CLS
+    assert torch.equal(other.sequence_scores(idx), tuned.sequence_scores(idx))
     assert {name: t.shape for name, t in other.adapter_state_dict().items()} == {
         name: t.shape for name, t in state.items()
     }
 
 
-def test_an_adapter_state_dict_has_lora_layernorms_and_critic_and_shares_no_memory() -> None:
+def test_an_adapter_state_dict_has_lora_layernorms_and_heads_and_shares_no_memory() -> None:
     gpt = random_gpt(TINY)
     state = gpt.adapter_state_dict()
     expected = {
@@ -423,7 +429,7 @@ def test_an_adapter_state_dict_has_lora_layernorms_and_critic_and_shares_no_memo
     }
     norms = ["transformer.ln_f", *(f"transformer.h.{i}.ln_{n}" for i in (0, 1) for n in (1, 2))]
     expected |= {f"{norm}.{part}" for norm in norms for part in ("weight", "bias")}
-    assert set(state) == expected | {"critic_head.weight"}
+    assert set(state) == expected | {"critic_head.weight", "cls_embedding", *SEQUENCE_HEAD}
     before = gpt.critic_head.weight.detach().clone()
     state["critic_head.weight"].zero_()
     assert torch.equal(gpt.critic_head.weight, before)
@@ -450,13 +456,14 @@ def test_a_loaded_adapter_brings_its_own_ranks_and_removes_what_it_lacks() -> No
         "transformer.h.0.attn.lora_k.A.weight",
         "transformer.h.2.ln_1.weight",
         "transformer.h.0.attn.lora_out.A.weight",  # its B is not there
+        "sequence_head.A",  # the rest of the head is not there
     ],
 )
 def test_an_adapter_tensor_without_a_place_is_refused_and_nothing_changes(name: str) -> None:
     gpt = random_gpt(TINY)
     before = copy.deepcopy(gpt.state_dict())
     adapter = random_adapter(TINY, 1, ranks={(0, "attn.lora_qkv"): 2}, norms=True)
-    with pytest.raises(ValueError, match=r"lora|wte|c_fc|ln_1"):
+    with pytest.raises(ValueError, match=r"lora|wte|c_fc|ln_1|sequence_head"):
         gpt.load_adapter_state_dict(adapter | {name: torch.ones(16, 16)}, lora_alpha=8.0)
     after = gpt.state_dict()
     assert after.keys() == before.keys()

@@ -234,6 +234,8 @@ def test_an_upload_answers_what_it_applies_and_how_much_that_moves(adapters: Ada
         "critic": True,
         "calibration": False,
         "classifier": True,
+        "sequence_head": False,
+        "cls_embedding": False,
     }
     assert (body["name"], body["version"], body["rank"]) == ("told", 1, 3)
     assert body["digest"] == f"sha256:{hashlib.sha256(file).hexdigest()}"

@@ -70,7 +70,7 @@ async def progress_around_a_probe(forward: Held, adapter: AdapterSet) -> tuple[A
     asked = asyncio.create_task(engine.encode([ROW], ASK, time.monotonic() + 60))
     await asyncio.to_thread(forward.is_held.wait)
     before = engine.loop.progress
-    Probe(forward.encoder, None).delta(adapter)
+    Probe(forward.encoder, forward.heads).delta(adapter)
     after = engine.loop.progress
     forward.may_run.set()
     await asked
