@@ -23,9 +23,10 @@ from adapters.host_tier import HostTier
 from adapters.library import Library
 from adapters.slots import SlotPool
 from model.checkpoint import Backbone, read_backbone
+from model.precision import choose_device, choose_dtype
 from server import __version__
 from server.answers import JSONAnswer
-from server.engine.engine import Engine, choose_device, choose_dtype
+from server.engine.engine import Engine
 from server.engine.forward import Forward
 from server.errors import RequestError, error_answer
 from server.guard import Guard

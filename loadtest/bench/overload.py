@@ -44,7 +44,7 @@ from loadtest.bench.process import Running, on_cores, trunkline
 from loadtest.bench.registered import full_files, name_of, register, server_arguments, write_trunk
 from loadtest.bench.trunk import Trunk
 from loadtest.pictures import BLUE, GREEN, ORANGE, RED, svg
-from server.engine.engine import choose_device, choose_dtype
+from model.precision import choose_device, choose_dtype
 from server.keys import new_key
 
 ADAPTERS = 8

@@ -11,8 +11,8 @@ from loadtest.bench.oracle import Mismatch
 from loadtest.bench.plan import QUICK, SHAPES, Plan, Sizes
 from loadtest.bench.report import machine, versions
 from loadtest.bench.run import SECTIONS, run
+from model.precision import choose_device, choose_dtype
 from server.cli.tables import console
-from server.engine.engine import choose_device, choose_dtype
 from server.settings import Settings
 
 DTYPES = typing.get_args(Settings.model_fields["dtype"].annotation)

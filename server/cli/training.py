@@ -13,6 +13,7 @@ from model.batches import Example
 from model.checkpoint import Backbone, state_dict_of
 from model.gpt import GPT
 from model.objective import Objective
+from model.precision import DTYPES, choose_dtype
 from model.train import Settings, train
 from server.cli.bar import training_bar
 
@@ -29,7 +30,14 @@ def training_options(epochs: float, rate: float) -> Callable[[Any], Any]:
         click.option("--seed", default=0),
         click.option("--checkpoint-every", default=200, help="Steps."),
         click.option("--critic-start", default=0.5, help="Share of training before its critic."),
-        click.option("--float32", is_flag=True, help="Don't use bfloat16."),
+        click.option(
+            "--dtype",
+            type=click.Choice(DTYPES),
+            default="auto",
+            show_default=True,
+            help="Of the matrix products; auto: bfloat16 where the CPU has it natively.",
+        ),
+        click.option("--float32", is_flag=True, help="The same as --dtype float32."),
         click.option("--threads", type=int, help="Of torch. [default: one a core]"),
         click.option(
             "--run", type=click.Path(path_type=Path), help="Run folder. [default: OUT.run]"
@@ -59,6 +67,7 @@ def run_training(
     identity: dict[str, Any],
 ) -> float:
     """Train with a bar, or say that there is nothing to do; returns the loss at the end."""
+    dtype = _dtype(options)
     settings = Settings(
         epochs=options["epochs"],
         batch_tokens=options["batch_tokens"],
@@ -66,9 +75,9 @@ def run_training(
         seed=options["seed"],
         muon=options["muon"],
         checkpoint_every=options["checkpoint_every"],
-        bf16=not options["float32"],
+        bf16=dtype == torch.bfloat16,
     )
-    with training_bar() as bar:
+    with training_bar(_start_line(objective, examples, dtype)) as bar:
         outcome = train(objective, examples, settings, run, identity, bar.update)
     if not outcome.done:
         click.echo(
@@ -77,6 +86,26 @@ def run_training(
             err=True,
         )
     return outcome.loss
+
+
+def _dtype(options: dict[str, Any]) -> torch.dtype:
+    """Raises click.BadParameter where --float32 and --dtype contradict each other."""
+    name: str = options["dtype"]
+    if options["float32"]:
+        if name == "bfloat16":
+            raise click.BadParameter("--float32 and --dtype bfloat16 contradict each other")
+        name = "float32"
+    return choose_dtype(name, torch.device("cpu"))
+
+
+def _start_line(objective: Objective, examples: Sequence[Example], dtype: torch.dtype) -> str:
+    """What is about to be trained, on how much, and how."""
+    trained = {id(p): p.numel() for p in objective.parameters() if p.requires_grad}
+    name, threads = str(dtype).removeprefix("torch."), torch.get_num_threads()
+    return (
+        f"training {sum(trained.values()):,} parameters on {len(examples):,} examples in {name}, "
+        f"{threads} thread{'s' * (threads > 1)}"
+    )
 
 
 @contextmanager

@@ -23,9 +23,10 @@ from reference import served
 from adapters.format import AdapterSet, read_adapter
 from adapters.validate import validate
 from model.batches import Batch, Batches, Example
-from model.checkpoint import Backbone, read_backbone
+from model.checkpoint import Backbone, read_backbone, write_backbone
 from model.encoder import FINAL, Encoder
-from model.heads import critic_logits, label_scores, pool
+from model.gpt import GPT
+from model.heads import critic_logits, label_scores, pool, sequence_scores
 from model.lora import LoraBatch
 from model.masked import Masked
 from model.metrics import (
@@ -40,6 +41,7 @@ from model.packed import PackedBatch
 from model.train import learning_rate
 from model.vocabulary import learn_vocabulary
 from server.cli import main
+from server.cli.training import load_weights
 
 SHAPE = [
     "--n-layer=2",
@@ -197,6 +199,43 @@ def test_finished_run_says_so_and_writes_the_same_again(
     assert len(losses(run)) > steps
 
 
+@pytest.mark.parametrize(
+    ("flags", "native", "dtype"),
+    [
+        ((), {"avx512_bf16": True}, "bfloat16"),
+        ((), {"amx_bf16": True}, "bfloat16"),
+        ((), {"avx2": True}, "float32"),
+        (("--dtype", "bfloat16"), {}, "bfloat16"),
+        (("--dtype", "float32"), {"amx_bf16": True}, "float32"),
+        (("--float32",), {"amx_bf16": True}, "float32"),
+    ],
+)
+def test_training_s_dtype_is_chosen_as_serving_s_and_said(
+    flags: Sequence[str],
+    native: dict[str, bool],
+    dtype: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """bfloat16 only where the processor computes in it: elsewhere it is the slower one."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: native)
+    data = tmp_path / "few.txt"
+    data.write_text("The cat eats its food.\n" * 4)
+    arguments = ["trunk", data, "--out", tmp_path / "trunk", *SHAPE, *QUICK, "--epochs", "1"]
+    result = trunkline(*arguments, *flags)
+    assert result.exit_code == 0, result.output
+    assert f" parameters on 3 examples in {dtype}, 1 thread\n" in result.stderr
+    identity = torch.load(tmp_path / "trunk.run" / "checkpoint.pt", weights_only=True)["identity"]
+    assert json.loads(identity)["bf16"] == (dtype == "bfloat16")
+
+
+def test_two_flags_that_contradict_each_other_are_refused(corpus: Path, tmp_path: Path) -> None:
+    flags = ["--float32", "--dtype", "bfloat16"]
+    result = trunkline("trunk", corpus, "--out", tmp_path / "trunk", *SHAPE, *QUICK, *flags)
+    assert result.exit_code == 2
+    assert "contradict" in result.stderr
+
+
 def test_run_folder_of_other_settings_is_refused(corpus: Path, trunk: Path, tmp_path: Path) -> None:
     run = trunk.with_name("trunk.run")
     other = [*QUICK, "--epochs", "20", "--seed", "7", "--run", run]
@@ -276,6 +315,58 @@ def test_masked_adapter_learns_its_domain(trunk: Path, tmp_path: Path) -> None:
     adapter = train_adapter(trunk, data, tmp_path / "a.safetensors", *arguments)
     assert json.loads(adapter.metadata["metrics"])["masked_accuracy"] > 0.5
     assert "critic_head.weight" in adapter.tensors
+
+
+@pytest.mark.parametrize("critic", [True, False])
+def test_a_sequence_scorer_trained_on_a_frozen_trunk_is_in_the_adapter_and_served(
+    critic: bool, trunk: Path, tmp_path: Path
+) -> None:
+    """Its head and CLS embedding, also over a trunk that has neither these nor a critic."""
+    if not critic:
+        own = read_backbone(trunk)
+        tensors = {
+            name: tensor
+            for name, tensor in own.tensors.items()
+            if not name.startswith(("critic", "sequence", "cls"))
+        }
+        trunk = tmp_path / "bare"
+        config = dataclasses.replace(own.config, add_critic_head=False)
+        write_backbone(trunk, config, tensors, own.tokenizer)
+    data = tmp_path / "domain.txt"
+    data.write_text("".join(f"{text}\n" for text, _ in sentences(200)))
+    arguments = ["--objective", "masked", "--epochs", "6", "--critic-start", "0.1"]
+    adapter = train_adapter(trunk, data, tmp_path / "a.safetensors", *arguments)
+    backbone = read_backbone(trunk)
+    weights = served(adapter, backbone.config, torch.float32)
+    assert weights.sequence_head is not None
+    assert ("critic_head.weight" in adapter.tensors) == critic
+    before = backbone.tensors.get("cls_embedding", backbone.tensors["transformer.wte.weight"][2])
+    assert not torch.equal(adapter.tensors["cls_embedding"], before.float())
+
+    def score(text: str) -> float:
+        hidden, _ = serve_state(backbone, adapter, f"[CLS]{text}")
+        return sequence_scores(hidden[:1], weights.sequence_head).item()
+
+    right, wrong = "The cat eats its food in the barn.", "cat food barn. its The in lies the eats"
+    gpt = GPT(dataclasses.replace(backbone.config, add_critic_head=critic)).eval()
+    load_weights(gpt, backbone)
+    gpt.load_adapter_state_dict(adapter.tensors, adapter.lora_alpha)
+    for text in (right, wrong):
+        ids = torch.tensor([backbone.tokenizer.encode(f"[CLS]{text}").ids])
+        assert score(text) == pytest.approx(gpt.sequence_scores(ids).item(), abs=1e-5)
+    assert score(right) > score(wrong)
+
+
+@pytest.mark.parametrize("objective", ["classify", "tokens"])
+def test_heads_that_an_objective_does_not_train_stay_the_trunks(
+    objective: str, trunk: Path, tmp_path: Path
+) -> None:
+    rows = [{"text": text, "label": label, "spans": [[0, 3]]} for text, label in sentences(30)]
+    data = write_rows(tmp_path / "train.jsonl", rows)
+    arguments = ["--objective", objective, "--epochs", "1"]
+    adapter = train_adapter(trunk, data, tmp_path / "a.safetensors", *arguments)
+    heads = {name.partition(".")[0] for name in adapter.tensors} - {"transformer"}
+    assert heads == ({"classifier"} if objective == "classify" else {"critic_head"})
 
 
 def test_lora_of_a_trunk_trained_with_it_becomes_an_adapter(corpus: Path, tmp_path: Path) -> None:
