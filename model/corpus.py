@@ -2,6 +2,7 @@
 
 import json
 import lzma
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,29 @@ def read_rows(path: Path, fields: Sequence[str]) -> list[Row]:
     Blank lines don't count. Raises DataError for a file without rows and for a row without one of
     the fields.
     """
-    rows = []
+    rows = list(_rows(path, fields))
+    if not rows:
+        raise DataError(path, None, "the file is empty")
+    return rows
+
+
+def sample_rows(path: Path, field: str, count: int, seed: int) -> list[Row]:
+    """At most `count` rows, each as likely as any other; no more are in memory at a time.
+
+    Reservoir sampling (Vitter 1985, algorithm R). Raises DataError as read_rows.
+    """
+    dice, kept = random.Random(seed), list[Row]()
+    for number, row in enumerate(_rows(path, [field])):
+        if number < count:
+            kept.append(row)
+        elif (place := dice.randrange(number + 1)) < count:
+            kept[place] = row
+    if not kept:
+        raise DataError(path, None, "the file is empty")
+    return kept
+
+
+def _rows(path: Path, fields: Sequence[str]) -> Iterator[Row]:
     is_text = ".jsonl" not in path.suffixes
     if is_text and len(fields) != 1:
         raise DataError(path, None, f"fields {', '.join(fields)} need a .jsonl or .jsonl.xz file")
@@ -51,10 +74,7 @@ def read_rows(path: Path, fields: Sequence[str]) -> list[Row]:
             missing = [name for name in fields if name not in value]
             if missing:
                 raise row.error(f"the field {missing[0]!r} is missing")
-            rows.append(row)
-    if not rows:
-        raise DataError(path, None, "the file is empty")
-    return rows
+            yield row
 
 
 def _open(path: Path) -> BinaryIO:
@@ -85,12 +105,15 @@ def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
     return value
 
 
-def tokens_of(row: Row, name: str, tokenizer: Tokenizer, block_size: int) -> Tokens:
-    """A field's tokens. Raises DataError for what does not fit or can't be written in tokens."""
+def tokens_of(row: Row, name: str, tokenizer: Tokenizer, block_size: int | None) -> Tokens:
+    """A field's tokens, of which None for block_size sets no limit.
+
+    Raises DataError for what does not fit or can't be written in tokens.
+    """
     try:
         tokens = tokenizer.encode(row.text(name))
     except UntokenizableText as error:
         raise row.error(f"{name!r}: {error}") from error
-    if len(tokens.ids) > block_size:
+    if block_size is not None and len(tokens.ids) > block_size:
         raise row.error(f"{name!r} has {len(tokens.ids)} tokens, more than block_size {block_size}")
     return tokens

@@ -11,6 +11,7 @@ main = click.version_option(__version__)(
         members={
             "adapters": "server.cli.adapters:adapters",
             "bench": "server.cli.bench:bench",
+            "calibrate": "server.cli.calibrate:calibrate",
             "import": "server.cli.checkpoints:import_",
             "keys": "server.cli.keys:keys",
             "serve": "server.cli.serve:serve",
