@@ -27,8 +27,8 @@ class Example:
     """What one loss term is computed from: a text's ids, or for pairs those of two texts."""
 
     rows: tuple[Sequence[int], ...]
-    # A class, a 0/1 label for each token, or a teacher's vector for the row.
-    target: int | Sequence[int] | Tensor | None = None
+    # A class, a score, a 0/1 label for each token, or a teacher's vector for the row.
+    target: int | float | Sequence[int] | Tensor | None = None
 
     @property
     def tokens(self) -> int:

@@ -37,10 +37,14 @@ class ScaledSigmoidHead(nn.Module):
         self.A = nn.Parameter(torch.ones(1))
         self.B = nn.Parameter(torch.zeros(1))
 
+    def logits(self, x: Tensor) -> Tensor:
+        """x (B, C) -> (B,), before the sigmoid: for losses."""
+        raw: Tensor = self.base_predictor(x).squeeze(-1)
+        return self.A * raw + self.B
+
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C) -> (B,)"""
-        raw: Tensor = self.base_predictor(x).squeeze(-1)
-        return torch.sigmoid(self.A * raw + self.B)
+        return torch.sigmoid(self.logits(x))
 
 
 class GPT(nn.Module):
@@ -116,7 +120,11 @@ class GPT(nn.Module):
                 linear.weight, linear.bias = shared.weight, shared.bias
 
     def _build_default_attention_mask(self, idx: Tensor) -> Tensor:
-        """(B, T) -> (B, T) of 1 = keep and 0 = padding. [MASK] tokens are kept: they are read."""
+        """(B, T) -> (B, T) of 1 = keep and 0 = padding. [MASK] tokens are kept: they are read.
+
+        Training needs this for padded batches. The server pads nothing and masks nothing: there
+        [PAD] is a token like any other, as it is here with an attention mask of ones.
+        """
         if self.config.pad_token_id is None:
             return torch.ones_like(idx)
         return (idx != self.config.pad_token_id).to(idx.dtype)

@@ -174,6 +174,5 @@ class Masked(Objective):
     def _sequence_loss(self, hidden: Tensor, wrong: Tensor, keep: Tensor) -> Tensor:
         """hidden (R, T, C) of rows led by [CLS]; wrong and keep (R, T)."""
         right = 1 - (wrong * keep).sum(1) / keep.sum(1)
-        head = self.gpt.sequence_head
-        raw = head.A * head.base_predictor(hidden[:, 0]).squeeze(-1) + head.B
-        return F.binary_cross_entropy_with_logits(raw.float(), right)
+        logits = self.gpt.sequence_head.logits(hidden[:, 0])
+        return F.binary_cross_entropy_with_logits(logits.float(), right)

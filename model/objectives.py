@@ -1,4 +1,5 @@
-"""The tasks an adapter can be trained for: labels of texts, pairs of texts, labels of tokens."""
+"""The tasks an adapter can be trained for: labels and scores of texts, pairs of texts, labels of
+tokens."""
 
 from collections.abc import Iterator, Sequence
 
@@ -114,6 +115,46 @@ class TokenLabels(Objective):
         return scores.float(), labels.float()
 
 
+class Scores(Objective):
+    """The sequence head gives a text its score from 0 to 1, from the [CLS] that is put before it.
+
+    Scores that are not 0 or 1 are chances of 1: the loss is the cross-entropy to them.
+    """
+
+    fields = ("text", "score")
+    heads = ("sequence_head", "cls_embedding")
+
+    def __init__(self, gpt: GPT) -> None:
+        super().__init__(gpt)
+        if gpt.config.cls_token_id is None:
+            raise ValueError("scores need a trunk with a cls_token_id: they are read off its state")
+        self.cls_token_id = gpt.config.cls_token_id
+
+    def example(self, row: Row, names: Sequence[str], tokenizer: Tokenizer) -> Example:
+        ids = tokens_of(row, names[0], tokenizer, self.gpt.config.block_size - 1).ids
+        score = row.fields[names[1]]
+        if type(score) not in (int, float) or not 0 <= score <= 1:
+            raise row.error(f"{names[1]!r} must be a number from 0 to 1")
+        return Example(((self.cls_token_id, *ids),), float(score))
+
+    def loss(self, batch: Batch, share: float) -> Loss:
+        logits = self.gpt.sequence_head.logits(self.hidden(batch.ids)[:, 0])
+        return F.binary_cross_entropy_with_logits(logits.float(), self._truth(batch)), {}
+
+    def measure(self, batches: Iterator[Batch]) -> dict[str, float]:
+        pairs = [
+            (self._truth(b), self.gpt.sequence_head(self.hidden(b.ids)[:, 0])) for b in batches
+        ]
+        truth, found = (torch.cat(column).double() for column in zip(*pairs, strict=True))
+        measures = {"mean_absolute_error": (truth - found).abs().mean().item()}
+        if len(truth) > 1 and truth.std() > 0 and found.std() > 0:
+            measures["correlation"] = torch.corrcoef(torch.stack((truth, found)))[0, 1].item()
+        return measures
+
+    def _truth(self, batch: Batch) -> Tensor:
+        return torch.tensor([example.target for example in batch.examples])
+
+
 def _labels(example: Example) -> Sequence[int]:
     assert isinstance(example.target, Sequence)
     return example.target
@@ -147,4 +188,5 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "classify": Classify,
     "pairs": Pairs,
     "tokens": TokenLabels,
+    "score": Scores,
 }

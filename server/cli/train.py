@@ -201,8 +201,9 @@ def adapter(
 ) -> None:
     """Train an adapter set for DATA on the frozen trunk BASE: LoRA, LayerNorms, and a head.
 
-    Objectives and their fields: masked (text), classify (text, label), pairs (left, right), tokens
-    (text, spans of [start, end] offsets). --fields kjv,web reads `left` from kjv, `right` from web.
+    Objectives and their fields: masked (text), classify (text, label), score (text, score from 0 to
+    1), pairs (left, right), tokens (text, spans of [start, end] offsets). --fields kjv,web reads
+    `left` from kjv, `right` from web.
     """
     kind = OBJECTIVES[objective]
     names = fields.split(",") if fields else list(kind.fields)

@@ -333,8 +333,8 @@ def test_a_sequence_scorer_trained_on_a_frozen_trunk_is_in_the_adapter_and_serve
         config = dataclasses.replace(own.config, add_critic_head=False)
         write_backbone(trunk, config, tensors, own.tokenizer)
     data = tmp_path / "domain.txt"
-    data.write_text("".join(f"{text}\n" for text, _ in sentences(200)))
-    arguments = ["--objective", "masked", "--epochs", "6", "--critic-start", "0.1"]
+    data.write_text("".join(f"{text}\n" for text, _ in sentences(60)))
+    arguments = ["--objective", "masked", "--epochs", "10", "--critic-start", "0"]
     adapter = train_adapter(trunk, data, tmp_path / "a.safetensors", *arguments)
     backbone = read_backbone(trunk)
     weights = served(adapter, backbone.config, torch.float32)
@@ -355,6 +355,35 @@ def test_a_sequence_scorer_trained_on_a_frozen_trunk_is_in_the_adapter_and_serve
         ids = torch.tensor([backbone.tokenizer.encode(f"[CLS]{text}").ids])
         assert score(text) == pytest.approx(gpt.sequence_scores(ids).item(), abs=1e-5)
     assert score(right) > score(wrong)
+
+
+def test_a_scorer_of_given_scores_is_served_as_it_was_trained(trunk: Path, tmp_path: Path) -> None:
+    """The second stage of a training: scores of texts on a frozen trunk."""
+    rows = [{"text": t, "score": 0.9 if label == "animal" else 0} for t, label in sentences(300)]
+    data = write_rows(tmp_path / "train.jsonl", rows)
+    test = write_rows(tmp_path / "test.jsonl", rows[:40])
+    arguments = ["--objective", "score", "--test", test, "--epochs", "3"]
+    adapter = train_adapter(trunk, data, tmp_path / "a.safetensors", *arguments)
+    metrics = json.loads(adapter.metadata["metrics"])
+    assert metrics["mean_absolute_error"] < 0.1
+    assert metrics["correlation"] > 0.9
+    heads = {name.partition(".")[0] for name in adapter.tensors} - {"transformer"}
+    assert heads == {"sequence_head", "cls_embedding"}
+    backbone = read_backbone(trunk)
+    weights = served(adapter, backbone.config, torch.float32)
+    for text, label in sentences(10, seed=9):
+        hidden, _ = serve_state(backbone, adapter, f"[CLS]{text}")
+        score = sequence_scores(hidden[:1], weights.sequence_head).item()
+        assert abs(score - (0.9 if label == "animal" else 0)) < 0.2
+
+
+@pytest.mark.parametrize("score", [1.5, -0.1, "1", None, True])
+def test_a_score_outside_0_to_1_is_one_sentence(score: object, trunk: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "train.jsonl", [{"text": "a cat", "score": score}])
+    arguments = ["--out", tmp_path / "a.safetensors", "--objective", "score"]
+    result = trunkline("adapter", trunk, data, *arguments)
+    assert result.exit_code == 1
+    assert "line 1: 'score' must be a number from 0 to 1" in result.stderr
 
 
 @pytest.mark.parametrize("objective", ["classify", "tokens"])
