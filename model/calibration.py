@@ -76,7 +76,10 @@ class CriticSample:
 
     @torch.inference_mode()
     def judge(self, rows: Sequence[Tensor]) -> Judged:
-        """rows of ids (T,) -> what the critic says of them, filled, [PAD] left out."""
+        """rows of ids (T,) -> what the critic says of them, filled, [PAD] left out.
+
+        Raises ValueError for logits that are not finite.
+        """
         lengths, ids = [len(row) for row in rows], torch.cat(list(rows))  # (N,)
         asked = self._choose(rows)  # (M,)
         masked = ids.index_fill(0, asked, self.mask_token_id)
@@ -85,6 +88,8 @@ class CriticSample:
         if self.encoder.config.pad_token_id is not None:
             keep = ids != self.encoder.config.pad_token_id
         logits = critic_logits(self._states(filled, lengths), self.critic)
+        if not torch.isfinite(logits).all():
+            raise ValueError(f"the critic's logits are not finite in {self.encoder.dtype}")
         return Judged((filled != ids)[keep], logits.sigmoid()[keep])
 
     def _states(self, ids: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -115,6 +120,8 @@ class CriticSample:
 
     def _fill(self, states: Tensor) -> Tensor:
         """(M, C) -> (M,) ids sampled from the predictions there."""
+        if not len(states):
+            return torch.empty(0, dtype=torch.int64)
         drawn = [
             torch.multinomial(
                 (part.float() @ self.encoder.wte.t()).softmax(-1), 1, generator=self._dice

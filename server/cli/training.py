@@ -115,6 +115,8 @@ def sentences() -> Iterator[None]:
         yield
     except ValueError as error:  # DataError, RunError, BackboneError, a config no model can have
         raise click.ClickException(str(error)) from error
+    except OSError as error:  # a folder that can't be written, a disk that is full
+        raise click.ClickException(f"{error.filename}: {error.strerror}") from error
 
 
 def load_weights(gpt: GPT, backbone: Backbone) -> None:

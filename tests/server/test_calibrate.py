@@ -172,6 +172,26 @@ def test_what_can_t_be_calibrated_is_one_sentence_and_nothing_is_written(
     assert not (tmp_path / "new.safetensors").exists()
 
 
+def test_rows_of_special_tokens_have_nothing_to_mask_and_pad_does_not_count(
+    tiny_backbone: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "special.txt"
+    path.write_text("[CLS][PAD][PAD]\n" * 6)
+    result = calibrate(tiny_backbone, "full", path, "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "fitted on 3 tokens of 3 rows, 0.0% of them wrong" in result.stdout
+
+
+def test_a_folder_that_can_t_be_written_is_one_sentence(
+    tiny_backbone: Path, text: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    out = tmp_path / "file" / "new.safetensors"
+    result = calibrate(tiny_backbone, "full", text, "--rows", "10", "--out", out)
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1].startswith(f"Error: {tmp_path / 'file'}")
+
+
 def test_without_a_critic_head_there_is_nothing_to_calibrate(
     bare_backbone: Path, text: Path
 ) -> None:
