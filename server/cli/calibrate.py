@@ -107,18 +107,12 @@ def calibrate(
         target = _target(trunk, adapter)
         chosen = choose_dtype(dtype, torch.device("cpu"))
         sample = _sample(backbone, target, chosen, mask_shares, seed)
-        texts = sample_rows(text, "text", rows, seed)
-        if len(texts) < 2:
-            raise DataError(text, None, "one row alone leaves nothing to measure on")
-        ids = [_ids(row, backbone) for row in texts]
-        fitted = _judge(sample, ids[::2], batch_tokens, "fitting")
+        fit, rest = _halves(text, rows, seed, backbone)
+        fitted = _judge(sample, fit, batch_tokens, "fitting")
         table, filled = bucket_table(fitted.wrong, fitted.p)
-        measured = _judge(sample, ids[1::2], batch_tokens, "measuring")
-    _report(fitted, measured, filled, (len(ids[::2]), len(ids[1::2])), {
-        "critic alone": None,
-        "table before": _table_before(backbone, target),
-        "new table": table,
-    })  # fmt: skip
+        measured = _judge(sample, rest, batch_tokens, "measuring")
+    tables = {"critic alone": None, "table before": _table_before(backbone, target)}
+    _report(fitted, measured, filled, (len(fit), len(rest)), tables | {"new table": table})
     with sentences():
         if json_file is not None:
             _add_to_json(json_file, adapter if target.adapter else BASE, table)
@@ -165,6 +159,17 @@ def _sample(
     return CriticSample(encoder, weights, critic, mask_shares, seed)
 
 
+def _halves(
+    text: Path, rows: int, seed: int, backbone: Backbone
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Rows of ids to fit the table on, and others to measure it on. Raises DataError."""
+    texts = sample_rows(text, "text", rows, seed)
+    if len(texts) < 2:
+        raise DataError(text, None, "one row alone leaves nothing to measure on")
+    ids = [_ids(row, backbone) for row in texts]
+    return ids[::2], ids[1::2]
+
+
 def _ids(row: Row, backbone: Backbone) -> Tensor:
     """(T,), cut to block_size. Raises DataError for a text that can't be written in tokens."""
     limit = backbone.config.block_size
@@ -192,7 +197,8 @@ def _report(
     rows: tuple[int, int],
     tables: Mapping[str, Tensor | None],
 ) -> None:
-    """`tables` by what they are called; a None but the first, which is no table, is not there."""
+    """Prints one error for each of `tables`, by its name; the first is the critic without a table,
+    and another that is None does not exist."""
     share = float(fitted.wrong.double().mean())
     click.echo(
         f"fitted on {len(fitted.p):,} tokens of {rows[0]:,} rows, {share:.1%} of them wrong; "
