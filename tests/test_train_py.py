@@ -15,6 +15,7 @@ from conftest import KIT, Served, start_server
 from safetensors.numpy import load_file
 
 from adapters.importers import import_checkpoint
+from server.keys import new_key
 
 FOLDER = KIT / "train_py"
 TOLERANCE = 2e-4  # max abs, float32: the kit's own
@@ -30,18 +31,34 @@ def trunks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name in NAMES:
         meta = FOLDER / f"meta_{name}.pkl"
         import_checkpoint(FOLDER / f"ckpt_{name}.pt", meta, folder / name)
+        for bad in ("acme/cut", "beta/cut"):  # and two files that can't be served
+            path = folder / name / "adapters" / f"{bad}.safetensors"
+            path.parent.mkdir()
+            path.write_bytes(b"1234567")
     return {name: folder / name for name in NAMES}
 
 
 @pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Of the server of `diffusion`: the file, a key for every adapter and one for acme's."""
+    file = tmp_path_factory.mktemp("keys") / "keys.json"
+    secrets = {"file": str(file)}
+    for name, adapters in (("all", ()), ("acme", ("acme/*",))):
+        _, secrets[name] = new_key(file, name, scopes=frozenset({"infer"}), adapters=adapters)
+    return secrets
+
+
+@pytest.fixture(scope="module")
 def servers(
-    trunks: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+    trunks: dict[str, Path], keys: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Served]]:
-    """One server a trunk, started together."""
+    """One server a trunk, started together; that of `diffusion` asks for a key."""
     logs = tmp_path_factory.mktemp("logs")
+    options = {"diffusion": ("--keys", keys["file"]), "lora_training": ()}
 
     def start(name: str) -> Served:
-        return start_server(logs / f"{name}.log", trunks[name], "--dtype", "float32")
+        log = logs / f"{name}.log"
+        return start_server(log, trunks[name], "--dtype", "float32", *options[name])
 
     with ThreadPoolExecutor(2) as pool:
         starting = {name: pool.submit(start, name) for name in NAMES}
@@ -55,10 +72,19 @@ def servers(
             served.stop()
 
 
-def ask(served: Served, name: str, **body: object) -> list[dict]:
+@pytest.fixture(scope="module")
+def clients(servers: dict[str, Served], keys: dict[str, str]) -> Iterator[dict[str, httpx.Client]]:
+    headers = {"x-api-key": keys["all"]}
+    with (
+        servers["diffusion"].client(headers=headers) as diffusion,
+        servers["lora_training"].client() as lora_training,
+    ):
+        yield {"diffusion": diffusion, "lora_training": lora_training}
+
+
+def ask(clients: dict[str, httpx.Client], name: str, **body: object) -> list[dict]:
     outputs = ["tokens", "critic"] if name == "diffusion" else ["tokens"]
-    with served.client() as client:
-        answer = client.post("/encode", json={"outputs": outputs} | body)
+    answer = clients[name].post("/encode", json={"outputs": outputs} | body)
     assert answer.status_code == 200, answer.text
     return answer.json()["data"]
 
@@ -87,29 +113,30 @@ def test_all_layers_matrices_are_stored_once(trunks: dict[str, Path], name: str)
 
 
 @pytest.mark.parametrize(("name", "number"), ROWS)
-def test_a_row_alone_is_the_reference(servers: dict[str, Served], name: str, number: int) -> None:
-    (row,) = ask(servers[name], name, adapter=f"ckpt_{name}", inputs=ids_of(name, number))
+def test_a_row_alone_is_the_reference(
+    clients: dict[str, httpx.Client], name: str, number: int
+) -> None:
+    (row,) = ask(clients, name, adapter=f"ckpt_{name}", inputs=ids_of(name, number))
     assert_golden(row, name, number)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_all_rows_in_one_batch_with_rows_of_the_trunk_are_the_reference(
-    servers: dict[str, Served], name: str
+    clients: dict[str, httpx.Client], name: str
 ) -> None:
     inputs = [ids_of(name, number) for number in range(6)]
-    rows = ask(servers[name], name, adapters=[f"ckpt_{name}", "base"], inputs=inputs)
+    rows = ask(clients, name, adapters=[f"ckpt_{name}", "base"], inputs=inputs)
     for number in range(6):
         assert_golden(rows[2 * number], name, number)
         assert rows[2 * number + 1]["adapter"] is None
 
 
 def test_a_row_that_begins_with_cls_has_the_reference_s_sequence_score_and_no_other_has(
-    servers: dict[str, Served],
+    clients: dict[str, httpx.Client],
 ) -> None:
     golden = GOLDEN["diffusion"]
     for number in range(6):
-        with servers["diffusion"].client() as client:
-            row = client.post("/critic", json=critic_of(number)).json()["data"][0]
+        row = clients["diffusion"].post("/critic", json=critic_of(number)).json()["data"][0]
         if number == SCORED:
             expected = golden[f"{number}.sequence_score"][0]
             np.testing.assert_allclose(row["sequence_score"], expected, rtol=0, atol=TOLERANCE)
@@ -122,12 +149,11 @@ def critic_of(number: int) -> dict[str, object]:
 
 
 def test_wrongness_is_the_calibration_table_s_value_for_the_critic_s_bucket(
-    servers: dict[str, Served],
+    clients: dict[str, httpx.Client],
 ) -> None:
     entries = json.loads((FOLDER / "calibration.json").read_text())
     table = entries["out-char-diffusion/ckpt_diffusion.pt"]
-    with servers["diffusion"].client() as client:
-        row = client.post("/critic", json=critic_of(3)).json()["data"][0]
+    row = clients["diffusion"].post("/critic", json=critic_of(3)).json()["data"][0]
     assert row["tokens"]
     for token in row["tokens"]:
         bucket = min(int(100 / (1 + np.exp(-token["logit"]))), 99)
@@ -135,8 +161,34 @@ def test_wrongness_is_the_calibration_table_s_value_for_the_critic_s_bucket(
 
 
 def test_without_a_critic_head_the_critic_is_refused_by_its_code(
-    servers: dict[str, Served],
+    clients: dict[str, httpx.Client],
 ) -> None:
-    with httpx.Client(base_url=servers["lora_training"].url) as client:
-        answer = client.post("/critic", json={"adapter": "ckpt_lora_training", "inputs": "To be"})
+    body = {"adapter": "ckpt_lora_training", "inputs": "To be"}
+    answer = clients["lora_training"].post("/critic", json=body)
     assert answer.json()["error"]["code"] == "critic_not_available"
+
+
+def test_files_that_can_t_be_served_are_listed_and_the_server_is_ready(
+    clients: dict[str, httpx.Client], servers: dict[str, Served]
+) -> None:
+    client = clients["lora_training"]
+    listed = client.get("/adapters").json()
+    assert [row["name"] for row in listed["data"]] == ["ckpt_lora_training"]
+    assert [(row["name"], row["reason"]) for row in listed["unusable"]] == [
+        ("acme/cut", "truncated"),
+        ("beta/cut", "truncated"),
+    ]
+    assert client.get("/ready").json()["details"]["unusable"] == [
+        {"file": f"{name}/cut.safetensors", "reason": "truncated"} for name in ("acme", "beta")
+    ]
+    assert "acme/cut.safetensors" in servers["lora_training"].log.read_text()
+
+
+def test_with_keys_a_file_that_can_t_be_served_is_shown_to_those_who_may_use_its_name_alone(
+    clients: dict[str, httpx.Client], keys: dict[str, str]
+) -> None:
+    client = clients["diffusion"]
+    own = client.get("/adapters", headers={"x-api-key": keys["acme"]}).json()
+    assert [row["file"] for row in own["unusable"]] == ["acme/cut.safetensors"]
+    assert len(client.get("/adapters").json()["unusable"]) == 2
+    assert client.get("/ready").json()["details"] == {"unusable_files": 2}  # it needs no key
