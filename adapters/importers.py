@@ -88,6 +88,7 @@ def import_checkpoint(
     options = options or Options()
     name = name or _name_of_stem(ckpt.stem)
     check_name(name)
+    _demand_place(out)
     try:
         checkpoint = read_checkpoint(ckpt, meta, options.ignored_keys)
         tensors = backbone_tensors(checkpoint.config, checkpoint.state)
@@ -276,6 +277,15 @@ def _complete(carried: dict[str, Tensor], tensors: Mapping[str, Tensor]) -> None
     if any(name in carried for name in _SEQUENCE_HEAD):
         wanted |= set(_SEQUENCE_HEAD)
     carried |= {name: tensors[name] for name in wanted & set(tensors)}
+
+
+def _demand_place(out: Path) -> None:
+    """Raises ImportRefused where no folder can be at `out`."""
+    for path in (out, *out.parents):
+        if path.exists():
+            if not path.is_dir():
+                raise ImportRefused(f"--out {out}: {path} is a file, and a trunk is a folder")
+            return
 
 
 def _name_of_stem(stem: str) -> str:

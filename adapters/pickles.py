@@ -19,8 +19,6 @@ def load_checkpoint(path: Path) -> Mapping[str, Any]:
     _demand_file(path)
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise ImportRefused(f"{path} can't be read: {error.strerror or error}") from error
     except Exception as error:  # torch.load raises whatever its unpickler met
         raise ImportRefused(f"{path} {_what_is_wrong(path, error)}") from error
     if not isinstance(saved, Mapping):
@@ -57,6 +55,8 @@ def load_meta(path: Path) -> Mapping[str, Any]:
 def _demand_file(path: Path) -> None:
     try:
         if path.is_file():
+            with path.open("rb") as file:
+                file.read(1)
             return
         kind = "is a folder" if path.is_dir() else "does not exist"
     except OSError as error:

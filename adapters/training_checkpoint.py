@@ -55,6 +55,7 @@ def read_checkpoint(ckpt: Path, meta: Path | None, ignored: Collection[str] = ()
         config = GPTConfig.from_dict(fields | {"add_critic_head": "critic_head.weight" in state})
         _check_state(config, state, bool(fields.get("add_critic_head")))
         config = with_sharing_of(config, state)
+        _check_lora(config, state)
         tokenizer = _tokenizer(vocabulary, config, source)
     except (ImportRefused, ValueError) as error:
         raise ImportRefused(f"{ckpt}: {error}") from error
@@ -178,7 +179,6 @@ def _check_state(config: GPTConfig, state: Mapping[str, Tensor], claims_critic: 
         _check_values(name, tensor)
     if claims_critic and "critic_head.weight" not in state:
         raise ImportRefused("add_critic_head is set, and there is no critic_head.weight")
-    _check_lora(config, state)
 
 
 def _tensor_names(config: GPTConfig) -> set[str]:
@@ -243,6 +243,10 @@ def _demand_size(entries: int, stated: Any, config: GPTConfig, source: str) -> N
         raise ImportRefused(
             f"the vocabulary of {source} has {entries} entries, more than the model's vocab_size "
             f"{config.vocab_size}: it is another data set's"
+        )
+    if type(stated) is int and stated < entries:
+        raise ImportRefused(
+            f"{source} says vocab_size {stated}, and its stoi has {entries} entries"
         )
     cls_token_id = config.cls_token_id if config.cls_token_id is not None else -1
     if type(stated) is int and max(stated, cls_token_id + 1) != config.vocab_size:
