@@ -1,6 +1,7 @@
 """Checkpoints in the form in which the training script leaves them, of tiny random models."""
 
 import dataclasses
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,14 @@ def meta_of(config: GPTConfig) -> dict[str, Any]:
     } | {f"{name[1:-1].lower()}_token_id": stoi[name] for name in special}
 
 
-def saved_by_train_py(config: GPTConfig = TINY, seed: int = 0, gpt: GPT | None = None) -> Saved:
+@lru_cache
+def _gpt(config: GPTConfig, seed: int) -> GPT:
+    return random_gpt(config, seed)
+
+
+def saved_by_train_py(config: GPTConfig = TINY, seed: int = 0) -> Saved:
     """Model, optimizer, model_args, config and counters, as train.py saves them."""
-    gpt = gpt or random_gpt(config, seed)
-    state = {name: tensor.clone() for name, tensor in gpt.state_dict().items()}
+    state = {name: tensor.clone() for name, tensor in _gpt(config, seed).state_dict().items()}
     if config.cls_token_id is None:  # the sequence head is always there
         state["sequence_head.base_predictor.weight"] = torch.randn(1, config.n_embd)
         state |= {"sequence_head.A": torch.ones(1), "sequence_head.B": torch.zeros(1)}

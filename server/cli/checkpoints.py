@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 
 from adapters.errors import ImportRefused, TrunklineError
 from adapters.importers import Imported, Options, import_checkpoint
 from adapters.validate import MAX_RANK
-from server.engine.engine import choose_device, choose_dtype
+from model.precision import choose_dtype
 
 FILE = click.Path(path_type=Path)
 
@@ -38,7 +39,7 @@ FILE = click.Path(path_type=Path)
 @click.option("--no-calibration", is_flag=True, help="Take no calibration.json.")
 @click.option(
     "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16"]),
+    type=click.Choice(["auto", "float32", "bfloat16", "int8"]),
     default="auto",
     envvar="TRUNKLINE_DTYPE",
     help="The dtype that will be served; the files are tried in it. [default: auto, as serve]",
@@ -63,7 +64,7 @@ def import_(
         trunk_only=flags["trunk_only"],
         calibration=flags["calibration"],
         use_calibration=not flags["no_calibration"],
-        dtype=choose_dtype(dtype, choose_device("cpu")),
+        dtype=choose_dtype(dtype, torch.device("cpu")),
         max_rank=flags["max_rank"],
     )
     try:
