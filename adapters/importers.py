@@ -1,11 +1,7 @@
 """Training checkpoints in: a backbone folder and adapter files. Never at request time."""
 
-import os
 import re
-import shutil
-import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +13,7 @@ from adapters.errors import ImportRefused
 from adapters.format import FORMAT, adapter_bytes
 from adapters.names import BASE, check_name
 from adapters.rehearsal import rehearse
+from adapters.staging import staged, write_whole
 from adapters.training_checkpoint import Checkpoint, read_checkpoint
 from adapters.validate import MAX_RANK
 from model.checkpoint import (
@@ -186,7 +183,7 @@ class _Import:
         notes += self._add_calibration(carried, has_critic)
         data = self._file(carried, backbone.digest)
         self._rehearse(backbone, {self.name: data})
-        _write_whole(self.path, data)
+        write_whole(self.path, data)
         return Imported(self.path, None, [], notes=notes)
 
     def _differing(self, backbone: Backbone) -> dict[str, Tensor]:
@@ -246,13 +243,13 @@ class _Import:
             raise ImportRefused(f"{self.ckpt}: {error}") from error
 
     def _write_trunk(self, calibration: Tensor | None, adapter: bytes | None) -> None:
-        with _staged(self.out) as folder:
+        with staged(self.out) as folder:
             checkpoint = self.checkpoint
             write_backbone(
                 folder, checkpoint.config, self.tensors, checkpoint.tokenizer, calibration
             )
             if adapter is not None:
-                _write_whole(folder / self.path.relative_to(self.out), adapter)
+                write_whole(folder / self.path.relative_to(self.out), adapter)
 
 
 def _are_equal(tensor: Tensor, other: Tensor | None) -> bool:
@@ -292,42 +289,3 @@ def _name_of_stem(stem: str) -> str:
     """The stem as a valid adapter name: lower case, other characters as '-', 64 at most."""
     name = re.sub(r"[^a-z0-9._-]+|\.{2,}", "-", stem.lower()).strip("._-")[:64] or "adapter"
     return f"{name}-adapter" if name == BASE else name
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".tmp")
-    try:
-        part.write_bytes(data)
-        part.replace(path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
-
-
-@contextmanager
-def _staged(out: Path) -> Iterator[Path]:
-    """A folder beside `out` to be filled; it becomes `out` when all of it is written.
-
-    Where `out` has files of its own the new ones are moved beside them, config.json last.
-    """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = out.absolute().with_name(f".{out.absolute().name}.{uuid.uuid4().hex[:8]}")
-    folder.mkdir()
-    try:
-        yield folder
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            _move_into(folder, out)
-        else:
-            os.rename(folder, out)  # in place of an empty folder too
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _move_into(folder: Path, out: Path) -> None:
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    for path in sorted(files, key=lambda path: path.name == CONFIG_FILE):
-        target = out / path.relative_to(folder)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        path.replace(target)

@@ -1,5 +1,6 @@
 """Training checkpoints in: the first of a trunk, further ones, and what is refused."""
 
+import errno
 import io
 import os
 import pickle
@@ -411,3 +412,41 @@ def test_special_token_ids_outside_the_vocabulary_are_refused(tmp_path: Path) ->
     meta["mask_token_id"] = saved["model_args"]["mask_token_id"] = 500
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
     refused(save(tmp_path / "odd.pt", saved), tmp_path / "out", "500", tmp_path / "meta.pkl")
+
+
+# The disk: whole, or nothing.
+
+
+@pytest.mark.parametrize("what", ["backbone.safetensors", "config.json", "ckpt_a.safetensors"])
+@pytest.mark.parametrize("beside", [False, True], ids=["new folder", "folder with other files"])
+def test_a_disk_that_fills_leaves_nothing_of_an_import(
+    tmp_path: Path, what: str, beside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "some" / "where" / "trunk"
+    if beside:
+        out.mkdir(parents=True)
+        (out / "notes.txt").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    replace = os.replace
+
+    def full(path: Path | str, target: Path | str) -> None:
+        if Path(target).name == what and (not beside or out in Path(target).parents):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        replace(path, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(ImportRefused, match="No space left on device; nothing was written"):
+        import_checkpoint(KIT / "ckpt_a.pt", META, out)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_with_other_files_and_a_link_to_an_empty_one_are_taken(tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    for name in ("full", "link"):
+        import_checkpoint(KIT / "ckpt_a.pt", META, tmp_path / name)
+        assert read_backbone(tmp_path / name).digest == read_backbone(tmp_path / "full").digest
+    assert (tmp_path / "full" / "notes.txt").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "full", "link"]
