@@ -141,13 +141,14 @@ def test_no_calibration_leaves_a_broken_file_alone(ckpt: Path, out: Path) -> Non
 
 def test_an_unknown_key_is_dropped_where_it_is_named(tmp_path: Path, out: Path) -> None:
     saved = saved_by_train_py()
-    saved["model_args"] |= {"film_rank": 4, "sampler": "ddim"}
+    saved["model_args"] |= {"film_rank": 4, "sampler": "ddim", "router": None, "experts": 0}
     ckpt = write(tmp_path / "ckpt.pt", saved)
     refused = run(ckpt, out)
     assert "--ignore-key film_rank --ignore-key sampler" in refused.output
     done = run(ckpt, out, "--ignore-key", "film_rank", "--ignore-key", "sampler")
     assert done.exit_code == 0, done.output
-    assert "film_rank" in done.output
+    for key in ("film_rank", "sampler", "router", "experts"):  # the last two without being named
+        assert key in done.output
 
 
 # Refusals. Each makes a checkpoint and what else is needed, and returns the command's arguments.
