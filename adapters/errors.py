@@ -39,6 +39,10 @@ class NoEffect(TrunklineError):
     code = "adapter_has_no_effect"
 
 
+class ImportRefused(ValueError):
+    """A training checkpoint that can't become a trunk or an adapter set: the reason, the remedy."""
+
+
 class Conflict(TrunklineError):
     """A condition (If-Match, If-None-Match) that no longer holds."""
 

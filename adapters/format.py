@@ -237,5 +237,9 @@ def write_adapter(
         fields["base_digest"] = base_digest
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".tmp")
-    part.write_bytes(adapter_bytes(tensors, fields))
-    part.replace(path)
+    try:
+        part.write_bytes(adapter_bytes(tensors, fields))
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise

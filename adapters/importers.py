@@ -1,31 +1,32 @@
 """Training checkpoints in: a backbone folder and adapter files. Never at request time."""
 
-import pickle
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from adapters.format import write_adapter
+from adapters.calibration_file import FILE_NAME, calibration_of
+from adapters.errors import ImportRefused
+from adapters.format import FORMAT, adapter_bytes
 from adapters.names import BASE, check_name
+from adapters.rehearsal import rehearse
+from adapters.staging import staged, write_whole
+from adapters.training_checkpoint import Checkpoint, read_checkpoint
+from adapters.validate import MAX_RANK
 from model.checkpoint import (
+    CONFIG_FILE,
+    Backbone,
     BackboneError,
+    backbone_digest,
     backbone_tensors,
     read_backbone,
     write_backbone,
 )
 from model.config import GPTConfig
-from model.gpt import clean_training_state, is_adapter_tensor
-from model.tokenizer import Tokenizer
-
-SPECIAL_TOKENS = ("mask_token_id", "pad_token_id", "cls_token_id")
-# Fields of model_args that belong to guidance, which the served model does not have.
-_TRAINING_ONLY_ARGS = re.compile(r"use_guidance|plan_.*|guidance_.*")
-
+from model.gpt import is_adapter_tensor
 
 # Fields in which the checkpoints of one trunk may differ: of training, and of the adapter itself.
 _FREE_FIELDS = {
@@ -39,108 +40,220 @@ _FREE_FIELDS = {
     "lora_alpha",
     "lora_dropout",
 }
+_SEQUENCE_HEAD = tuple(f"sequence_head.{part}" for part in ("base_predictor.weight", "A", "B"))
+_HEADS = {"critic_head.weight", *_SEQUENCE_HEAD}  # a set without them uses the trunk's
+_WAY_OUT = (
+    "a run that trains trunk and LoRA together changes both, so each of its checkpoints has a "
+    "trunk of its own; train further sets with the trunk frozen, or import this checkpoint as a "
+    "trunk of its own with another --out"
+)
 
 
-class ImportRefused(ValueError):
-    """A checkpoint that can't become a backbone or an adapter set, and why."""
+@dataclass(frozen=True)
+class Options:
+    """How to import. `dtype` is the one that the files will be served in, and are tried in."""
+
+    ignored_keys: frozenset[str] = frozenset()
+    trunk_only: bool = False
+    calibration: Path | None = None  # None: the calibration.json beside the checkpoint
+    use_calibration: bool = True
+    dtype: torch.dtype = torch.float32
+    max_rank: int = MAX_RANK
 
 
 @dataclass(frozen=True)
 class Imported:
-    adapter: Path
+    adapter: Path | None  # None with trunk_only
     backbone: Path | None  # None where the folder was there already
     dropped: list[str]  # tensors the served model has no use for
+    dropped_args: list[str] = field(default_factory=list)  # keys of model_args
+    notes: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    config: GPTConfig
-    state: Mapping[str, Tensor]
-    tokenizer: Tokenizer
-    dropped: list[str]
-
-
-def import_checkpoint(ckpt: Path, meta: Path, out: Path, name: str | None = None) -> Imported:
+def import_checkpoint(
+    ckpt: Path,
+    meta: Path | None,
+    out: Path,
+    name: str | None = None,
+    options: Options | None = None,
+) -> Imported:
     """The first checkpoint of a trunk makes the folder `out`, each one an adapter file in it.
 
-    Raises ImportRefused, with a sentence, before anything is written.
+    Without `meta` the vocabulary is the checkpoint's own, or that of the meta file beside it.
+    Raises ImportRefused, with a sentence, before anything is written; BadName for a name.
     """
+    options = options or Options()
     name = name or _name_of_stem(ckpt.stem)
     check_name(name)
-    checkpoint = read_checkpoint(ckpt, meta)
-    if not any(".lora_" in tensor for tensor in checkpoint.state):
-        raise ImportRefused(f"{ckpt} has no LoRA tensors: there is no adapter set to import")
+    _demand_place(out)
     try:
+        checkpoint = read_checkpoint(ckpt, meta, options.ignored_keys)
         tensors = backbone_tensors(checkpoint.config, checkpoint.state)
-        if (out / "config.json").exists():
-            return _add_adapter(checkpoint, tensors, out, name)
-        return _new_backbone(checkpoint, tensors, out, name)
+        calibration, notes = _calibration(ckpt, options)
+        job = _Import(ckpt, out, name, checkpoint, tensors, calibration, options)
+        imported = job.add() if (out / CONFIG_FILE).exists() else job.make()
     except BackboneError as error:
         raise ImportRefused(f"{ckpt}: {error}") from error
+    except OSError as error:
+        where = error.filename or out
+        raise ImportRefused(f"{where}: {error.strerror or error}; nothing was written") from error
+    notes = [*checkpoint.notes, *notes, *imported.notes]
+    return Imported(
+        imported.adapter, imported.backbone, checkpoint.dropped, checkpoint.dropped_args, notes
+    )
 
 
-def read_checkpoint(ckpt: Path, meta: Path) -> Checkpoint:
-    """Read without running what is in the files. Raises ImportRefused."""
-    saved = _load_weights(ckpt)
-    if not {"model", "model_args"} <= set(saved):
-        raise ImportRefused(f"{ckpt} is not a training checkpoint: it has no model and model_args")
-    for part in ("model", "model_args"):
-        if not isinstance(saved[part], Mapping):
-            raise ImportRefused(f"{part} of {ckpt} is a {type(saved[part]).__name__}, no mapping")
-    strange = [name for name, value in saved["model"].items() if not isinstance(value, Tensor)]
-    if strange:
-        raise ImportRefused(f"{strange[0]} of {ckpt} is not a tensor")
-    state, dropped = clean_training_state(saved["model"])
-    args = {k: v for k, v in saved["model_args"].items() if not _TRAINING_ONLY_ARGS.fullmatch(k)}
-    if saved["model_args"].get("use_guidance"):
-        raise ImportRefused(f"{ckpt} was trained with guidance, which this server can't apply")
-    vocabulary = _load_meta(meta)
-    for token in SPECIAL_TOKENS:
-        if args.get(token) != vocabulary.get(token):
-            raise ImportRefused(f"{meta} and {ckpt} disagree about {token}")
-    try:
-        config = GPTConfig.from_dict(args)
-        tokenizer = _character_tokenizer(vocabulary)
-    except ValueError as error:
-        raise ImportRefused(f"{ckpt}: {error}") from error
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ImportRefused(f"{meta} has {tokenizer.vocab_size} tokens, {ckpt} {config.vocab_size}")
-    return Checkpoint(config, state, tokenizer, dropped)
+def _calibration(ckpt: Path, options: Options) -> tuple[Tensor | None, list[str]]:
+    """The checkpoint's table and what to say of it. Raises ImportRefused where one was asked for
+    and is not there."""
+    file = options.calibration or ckpt.with_name(FILE_NAME)
+    if not options.use_calibration or (options.calibration is None and not file.exists()):
+        return None, []
+    table, sentence = calibration_of(file, ckpt)
+    if table is None and options.calibration is not None:
+        raise ImportRefused(
+            f"{sentence}: rename the entry that is meant, or leave out --calibration"
+        )
+    if table is None:
+        return None, [f"no calibration was taken: {sentence}"]
+    return table, [f"calibration: {sentence}"]
 
 
-def _new_backbone(
-    checkpoint: Checkpoint, tensors: Mapping[str, Tensor], out: Path, name: str
-) -> Imported:
-    digest = write_backbone(out, checkpoint.config, tensors, checkpoint.tokenizer)
-    lora = {n: t for n, t in checkpoint.state.items() if ".lora_" in n}
-    return Imported(_write_adapter(checkpoint, lora, out, name, digest), out, checkpoint.dropped)
+@dataclass
+class _Import:
+    """One checkpoint on its way into `out`."""
 
+    ckpt: Path
+    out: Path
+    name: str
+    checkpoint: Checkpoint
+    tensors: Mapping[str, Tensor]  # the checkpoint's trunk, under a backbone's names
+    calibration: Tensor | None
+    options: Options
 
-def _add_adapter(
-    checkpoint: Checkpoint, tensors: Mapping[str, Tensor], out: Path, name: str
-) -> Imported:
-    """Add a further checkpoint of the trunk in `out`: its LoRA, and what else differs from it."""
-    backbone = read_backbone(out)
-    if checkpoint.tokenizer.backend.get_vocab() != backbone.tokenizer.backend.get_vocab():
-        raise ImportRefused(f"{out} has another vocabulary: this is not a checkpoint of its trunk")
-    _demand_same_model(checkpoint.config, backbone.config, out)
-    if set(backbone.tensors) - set(tensors):
-        missing = sorted(set(backbone.tensors) - set(tensors))[0]
-        raise ImportRefused(f"{out} has {missing}, and the checkpoint has not")
-    carried = {n: t for n, t in checkpoint.state.items() if ".lora_" in n}
-    for tensor_name, tensor in tensors.items():
-        own = backbone.tensors.get(tensor_name)
-        if own is not None and torch.equal(tensor, own):
-            continue
-        if not is_adapter_tensor(tensor_name):
+    @property
+    def path(self) -> Path:
+        return self.out / "adapters" / f"{self.name}.safetensors"
+
+    def make(self) -> Imported:
+        """A trunk of its own, and its LoRA as the first adapter set."""
+        lora = {n: t for n, t in self.checkpoint.state.items() if ".lora_" in n}
+        if not lora and not self.options.trunk_only:
             raise ImportRefused(
-                f"{tensor_name} differs from that in {out}: this is another trunk, and an adapter "
-                "can't carry it"
+                f"{self.ckpt} has no LoRA tensors, so there is no adapter set to import; "
+                "--trunk-only imports its trunk alone"
             )
-        carried[tensor_name] = tensor
-    _complete_norms(carried, tensors)
-    path = _write_adapter(checkpoint, carried, out, name, backbone.digest)
-    return Imported(path, None, checkpoint.dropped)
+        config = self.checkpoint.config
+        digest = backbone_digest(config, self.tensors)
+        backbone = Backbone(
+            self.out.name, config, self.tensors, self.checkpoint.tokenizer, None, digest
+        )
+        if self.options.trunk_only:
+            self._rehearse(backbone, {})
+            self._write_trunk(self.calibration, None)
+            dropped = [f"{len(lora)} LoRA tensors are not in the trunk alone"] if lora else []
+            return Imported(None, self.out, [], notes=dropped)
+        notes = self._add_calibration(lora, "critic_head.weight" in self.tensors)
+        data = self._file(lora, digest)
+        self._rehearse(backbone, {self.name: data})
+        self._write_trunk(None, data)
+        return Imported(self.path, self.out, [], notes=notes)
+
+    def add(self) -> Imported:
+        """A further set for the trunk in `out`: the LoRA, and what else differs from the trunk."""
+        backbone = read_backbone(self.out)
+        if self.checkpoint.tokenizer.backend.get_vocab() != backbone.tokenizer.backend.get_vocab():
+            raise ImportRefused(
+                f"{self.out} has another vocabulary: {self.ckpt} is not a checkpoint of its trunk"
+            )
+        _demand_same_model(self.checkpoint.config, backbone.config, self.out)
+        carried = self._differing(backbone)
+        if self.options.trunk_only:
+            if carried:
+                raise ImportRefused(self._another_trunk(sorted(carried)))
+            return Imported(None, None, [], notes=[f"{self.out} has this trunk already"])
+        carried |= {n: t for n, t in self.checkpoint.state.items() if ".lora_" in n}
+        if not carried:
+            raise ImportRefused(
+                f"{self.ckpt} has no LoRA tensors, and nothing in it differs from the trunk in "
+                f"{self.out}: there is no adapter set to import"
+            )
+        notes = [f"the set has no {head}: the trunk's is used" for head in self._lacking(backbone)]
+        has_critic = "critic_head.weight" in {*carried, *backbone.tensors}
+        notes += self._add_calibration(carried, has_critic)
+        data = self._file(carried, backbone.digest)
+        self._rehearse(backbone, {self.name: data})
+        write_whole(self.path, data)
+        return Imported(self.path, None, [], notes=notes)
+
+    def _differing(self, backbone: Backbone) -> dict[str, Tensor]:
+        """What an adapter set must carry beside LoRA. Raises ImportRefused for another trunk."""
+        missing = sorted(set(backbone.tensors) - set(self.tensors) - _HEADS)
+        if missing:
+            raise ImportRefused(f"{self.out} has {missing[0]}, and {self.ckpt} has not; {_WAY_OUT}")
+        differing = {
+            name: tensor
+            for name, tensor in self.tensors.items()
+            if not _are_equal(tensor, backbone.tensors.get(name))
+        }
+        others = sorted(name for name in differing if not is_adapter_tensor(name))
+        if others:
+            raise ImportRefused(self._another_trunk(others))
+        _complete(differing, self.tensors)
+        return differing
+
+    def _another_trunk(self, names: list[str]) -> str:
+        """The sentence of a refusal by the tensors that differ."""
+        more = f", and {len(names) - 1} more do" if len(names) > 1 else ""
+        tied = (
+            "; freeze_transformer leaves lm_head trainable, which is the same tensor as wte"
+            if names == ["transformer.wte.weight"]
+            else ""
+        )
+        return (
+            f"{self.ckpt}: {names[0]} differs from that in {self.out}{more}: this is another "
+            f"trunk, and an adapter set can't carry it; {_WAY_OUT}{tied}"
+        )
+
+    def _lacking(self, backbone: Backbone) -> list[str]:
+        """The trunk's heads that the checkpoint does not have."""
+        lacking = _HEADS & set(backbone.tensors) - set(self.tensors)
+        return sorted({name.partition(".")[0] for name in lacking})
+
+    def _add_calibration(self, carried: dict[str, Tensor], has_critic: bool) -> list[str]:
+        if self.calibration is None:
+            return []
+        if not has_critic:
+            return ["the calibration was left out: neither the set nor its trunk has a critic"]
+        carried["calibration"] = self.calibration
+        return []
+
+    def _file(self, tensors: Mapping[str, Tensor], base_digest: str) -> bytes:
+        metadata = {
+            "format": FORMAT,
+            "lora_alpha": repr(self.checkpoint.config.lora_alpha),
+            "base_digest": base_digest,
+        }
+        return adapter_bytes(tensors, metadata)
+
+    def _rehearse(self, backbone: Backbone, files: Mapping[str, bytes]) -> None:
+        try:
+            rehearse(backbone, files, self.options.dtype, self.options.max_rank)
+        except ImportRefused as error:
+            raise ImportRefused(f"{self.ckpt}: {error}") from error
+
+    def _write_trunk(self, calibration: Tensor | None, adapter: bytes | None) -> None:
+        with staged(self.out) as folder:
+            checkpoint = self.checkpoint
+            write_backbone(
+                folder, checkpoint.config, self.tensors, checkpoint.tokenizer, calibration
+            )
+            if adapter is not None:
+                write_whole(folder / self.path.relative_to(self.out), adapter)
+
+
+def _are_equal(tensor: Tensor, other: Tensor | None) -> bool:
+    return other is not None and tensor.dtype == other.dtype and torch.equal(tensor, other)
 
 
 def _demand_same_model(config: GPTConfig, backbone: GPTConfig, out: Path) -> None:
@@ -148,76 +261,31 @@ def _demand_same_model(config: GPTConfig, backbone: GPTConfig, out: Path) -> Non
     for name, value in backbone.to_dict().items():
         own = getattr(config, name)
         if name not in _FREE_FIELDS and own != value:
-            raise ImportRefused(f"{name} is {value} in {out} and {own} in the checkpoint")
+            raise ImportRefused(
+                f"{name} is {value} in {out} and {own} in the checkpoint: it has another trunk; "
+                "import it with another --out"
+            )
 
 
-def _complete_norms(carried: dict[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """A LayerNorm travels whole: where only its weight or only its bias differs, both go."""
-    for norm in {name.rpartition(".")[0] for name in carried if ".ln_" in name}:
-        for part in ("weight", "bias"):
-            if f"{norm}.{part}" in tensors:
-                carried[f"{norm}.{part}"] = tensors[f"{norm}.{part}"]
+def _complete(carried: dict[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """A LayerNorm and the sequence head travel whole, also where only a part of them differs."""
+    norms = {name.rpartition(".")[0] for name in carried if ".ln_" in name}
+    wanted = {f"{norm}.{part}" for norm in norms for part in ("weight", "bias")}
+    if any(name in carried for name in _SEQUENCE_HEAD):
+        wanted |= set(_SEQUENCE_HEAD)
+    carried |= {name: tensors[name] for name in wanted & set(tensors)}
 
 
-def _write_adapter(
-    checkpoint: Checkpoint, tensors: Mapping[str, Tensor], out: Path, name: str, base_digest: str
-) -> Path:
-    path = out / "adapters" / f"{name}.safetensors"
-    alpha = checkpoint.config.lora_alpha
-    write_adapter(path, tensors, lora_alpha=alpha, base_digest=base_digest)
-    return path
+def _demand_place(out: Path) -> None:
+    """Raises ImportRefused where no folder can be at `out`."""
+    for path in (out, *out.parents):
+        if path.exists():
+            if not path.is_dir():
+                raise ImportRefused(f"--out {out}: {path} is a file, and a trunk is a folder")
+            return
 
 
 def _name_of_stem(stem: str) -> str:
     """The stem as a valid adapter name: lower case, other characters as '-', 64 at most."""
     name = re.sub(r"[^a-z0-9._-]+|\.{2,}", "-", stem.lower()).strip("._-")[:64] or "adapter"
     return f"{name}-adapter" if name == BASE else name
-
-
-def _load_weights(path: Path) -> dict[str, Any]:
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise ImportRefused(f"{path} does not exist") from error
-    except Exception as error:  # torch.load raises whatever its unpickler met
-        asked = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(
-            r"`?([\w.]+)`? was not an allowed", str(error)
-        )
-        if asked:
-            raise ImportRefused(
-                f"{path} asks for {asked[1]}; only plain tensors are read"
-            ) from error
-        raise ImportRefused(f"{path} is not a checkpoint of torch.save") from error
-    if not isinstance(saved, dict):
-        raise ImportRefused(f"{path} holds a {type(saved).__name__}, not a training checkpoint")
-    return saved
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        raise ImportRefused(f"asks for {module}.{name}; only plain values are read")
-
-
-def _load_meta(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            meta = _PlainUnpickler(file).load()
-    except FileNotFoundError as error:
-        raise ImportRefused(f"{path} does not exist") from error
-    except ImportRefused as error:
-        raise ImportRefused(f"{path} {error}") from error
-    except Exception as error:  # a broken pickle raises nearly anything
-        raise ImportRefused(f"{path} is not a pickle file") from error
-    if not isinstance(meta, dict) or not isinstance(meta.get("stoi"), dict):
-        raise ImportRefused(f"{path} has no vocabulary stoi")
-    return meta
-
-
-def _character_tokenizer(meta: Mapping[str, Any]) -> Tokenizer:
-    stoi: dict[str, int] = meta["stoi"]
-    proper = all(isinstance(k, str) and type(v) is int for k, v in stoi.items())
-    if not proper or sorted(stoi.values()) != list(range(len(stoi))):
-        raise ValueError("stoi must map characters to the ids 0, 1, 2, ... without a gap")
-    by_id = {number: entry for entry, number in stoi.items()}
-    special = [by_id[meta[token]] for token in SPECIAL_TOKENS if meta.get(token) is not None]
-    return Tokenizer.of_characters(stoi, special)

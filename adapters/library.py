@@ -29,6 +29,7 @@ from adapters.leases import Lease, LeaseBook
 from adapters.names import check_name
 from adapters.probe import Probe
 from adapters.registry import Registry
+from adapters.seeds import Seed, Unusable, printable, seeds_in
 from adapters.slots import SlotPool
 from adapters.store import BlobStore, Incoming
 from adapters.validate import MAX_RANK, validate
@@ -87,6 +88,7 @@ class Library:
         self._housekeeper = ThreadPoolExecutor(1, "housekeeper")
         self._usage: dict[str, Usage] = {}
         self._usage_lock = threading.Lock()
+        self.unusable: list[Unusable] = []  # files that seed() could not publish
         for digest in self.registry.pinned():
             self.slots.pin(digest)
             self.slots.want(digest, for_jobs=False)
@@ -285,19 +287,36 @@ class Library:
     def seed(self, folder: Path) -> None:
         """Publish the files of a folder, under their paths in it, that were never published.
 
-        What was deleted or rolled back since stays so. Raises Invalid, naming the file.
+        What was deleted or rolled back since stays so. A file that can't be published is logged
+        and is in `unusable`; it does not keep the others from being served.
         """
-        for path in sorted(folder.rglob("*.safetensors")):
-            name = path.relative_to(folder).with_suffix("").as_posix()
-            incoming = self.store.incoming()
-            try:
-                incoming.write(path.read_bytes())
-                if not self.registry.knows(name, incoming.digest):
-                    self.publish(Upload(name, who=f"file {path.name}"), incoming)
-            except Invalid as error:
-                raise Invalid(error.details["reason"], f"{path}: {error.message}") from error
-            finally:
-                incoming.discard()
+        faults = [self._seed(seed, folder) for seed in seeds_in(folder)]
+        self.unusable = [fault for fault in faults if fault is not None]
+
+    def _seed(self, seed: Seed, folder: Path) -> Unusable | None:
+        file = printable(str(seed.path.relative_to(folder)))
+        try:
+            check_name(seed.name)
+            self._publish_seed(seed, file)
+            return None
+        except (TrunklineError, OSError) as error:
+            message = getattr(error, "message", None) or getattr(error, "strerror", None)
+            reason = "unreadable" if isinstance(error, OSError) else error.code
+            if isinstance(error, Invalid):
+                reason = error.details["reason"]
+            message = str(message or error)
+            log.warning("%s in %s can't be served (%s): %s", file, folder, reason, message)
+            return Unusable(file, printable(seed.name), reason, message)
+
+    def _publish_seed(self, seed: Seed, file: str) -> None:
+        data = seed.read()
+        incoming = self.store.incoming()
+        try:
+            incoming.write(data)
+            if not self.registry.knows(seed.name, incoming.digest):
+                self.publish(Upload(seed.name, who=f"file {file}"), incoming)
+        finally:
+            incoming.discard()
 
 
 def _lock(folder: Path) -> int:

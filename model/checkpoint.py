@@ -163,6 +163,20 @@ def write_backbone(
     return backbone_digest(config, tensors)
 
 
+def with_sharing_of(config: GPTConfig, state: Mapping[str, Tensor]) -> GPTConfig:
+    """The config with `share_main_matrices` set where all layers of the state have equal matrices.
+
+    A config that claims sharing keeps the claim: backbone_tensors then says what differs.
+    """
+    _demand_state(config, state)
+    shared = config.share_main_matrices or all(
+        _layer_that_differs(config, state, f"{path}.{part}") is None
+        for path in MAIN_MATRICES
+        for part in (("weight", "bias") if config.bias else ("weight",))
+    )
+    return dataclasses.replace(config, share_main_matrices=shared)
+
+
 def backbone_tensors(config: GPTConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A GPT's state dict as a backbone's tensors: shared matrices once, no LoRA.
 
@@ -195,18 +209,29 @@ def _demand_state(config: GPTConfig, state: Mapping[str, Tensor]) -> None:
         if name not in state:
             raise BackboneError(f"the checkpoint has no {name}")
     wte = state["transformer.wte.weight"]
-    if not torch.equal(wte, state.get("lm_head.weight", wte)):
+    lm_head = state.get("lm_head.weight", wte)
+    if lm_head.dtype != wte.dtype or not torch.equal(wte, lm_head):
         raise BackboneError("lm_head.weight is not tied to transformer.wte.weight")
 
 
 def _shared_by_all(config: GPTConfig, state: Mapping[str, Tensor], name: str) -> Tensor:
+    layer = _layer_that_differs(config, state, name)
+    if layer is not None:
+        raise BackboneError(
+            f"share_main_matrices is set, but {name} of layer {layer} differs from layer 0's: "
+            "set it to False in model_args, and the matrices are stored layer by layer"
+        )
+    return state[f"transformer.h.0.{name}"].detach().clone()
+
+
+def _layer_that_differs(config: GPTConfig, state: Mapping[str, Tensor], name: str) -> int | None:
+    """The first layer whose tensor is not exactly layer 0's; None where all are equal."""
     first = state[f"transformer.h.0.{name}"]
     for layer in range(1, config.n_layer):
-        if not torch.equal(state[f"transformer.h.{layer}.{name}"], first):
-            raise BackboneError(
-                f"share_main_matrices is set, but {name} of layer {layer} differs from layer 0's"
-            )
-    return first.detach().clone()
+        other = state[f"transformer.h.{layer}.{name}"]
+        if other.dtype != first.dtype or not torch.equal(other, first):
+            return layer
+    return None
 
 
 def _read_json(path: Path, kind: type) -> Any:

@@ -21,9 +21,26 @@ _HEAD_TENSORS = {"critic_head.weight", "cls_embedding", *SEQUENCE_HEAD}
 _UNUSED = re.compile(r"(^|\.)(cross|ln_cross|plan_encoder)\.|^sequence_head\.temperature$")
 
 
+def plain_name(name: str) -> str:
+    """The name without what torch.compile and DistributedDataParallel put before it, in any order.
+
+    A block that was compiled by itself has `_orig_mod.` inside the name; it is removed there too.
+    """
+    while name.startswith((COMPILED_PREFIX, "module.")):
+        name = name.partition(".")[2]
+    return name.replace(f".{COMPILED_PREFIX}", ".")
+
+
 def clean_training_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """The state dict under its plain names, and the names of the unused tensors dropped from it."""
-    plain = {name.removeprefix(COMPILED_PREFIX): tensor for name, tensor in state.items()}
+    """The state dict under its plain names, and the names of the unused tensors dropped from it.
+
+    Raises ValueError where two tensors have the same plain name.
+    """
+    plain: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if plain_name(name) in plain:
+            raise ValueError(f"two tensors are named {plain_name(name)} without their prefixes")
+        plain[plain_name(name)] = tensor
     dropped = sorted(name for name in plain if _UNUSED.search(name))
     return {name: plain[name] for name in plain if name not in dropped}, dropped
 

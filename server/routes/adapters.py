@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Depends
@@ -58,7 +59,10 @@ register_url_convertor("adapter", NameConvertor())
 
 @router.get("", responses=errors(*READ, "validation_error"))
 async def adapters(request: Request) -> Response:
-    """Adapters by name: `limit` of them (100) behind the name `after`; `next` is where to go on."""
+    """Adapters by name: `limit` of them (100) behind the name `after`; `next` is where to go on.
+
+    `unusable` are the files of the adapter folder that could not be published at the start.
+    """
     library = state_of(request).library
     limit = _integer(request, "limit", 100)
     if not 1 <= limit <= MAX_PAGE:
@@ -69,7 +73,10 @@ async def adapters(request: Request) -> Response:
     page = await asyncio.to_thread(library.registry.page, after, limit + 1, patterns)
     data = [_summary(named, library) for named in page[:limit]]
     following = page[limit - 1].name if len(page) > limit else None
-    return JSONAnswer({"object": "list", "data": data, "next": following})
+    own = [each for each in library.unusable if caller is None or caller.key.may_use(each.name)]
+    unusable = [asdict(each) for each in own[:MAX_PAGE]]
+    answer = {"object": "list", "data": data, "next": following, "unusable": unusable}
+    return JSONAnswer(answer)
 
 
 @router.put(

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import asdict
+from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -13,6 +14,7 @@ from server.engine.errors import Draining, NotReady
 from server.routes.documented import READ, errors, public_errors
 from server.state import state_of
 
+MAX_LISTED = 100  # unusable adapter files in /ready's details
 EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
 
 router = APIRouter(tags=["operations"])
@@ -33,7 +35,20 @@ async def ready(request: Request) -> Response:
         raise Draining("the server is stopping")
     if not state_of(request).engine.ready:
         raise NotReady("the engine is not running, or stuck")
-    return JSONAnswer({"status": "ready"})
+    return JSONAnswer({"status": "ready"} | _unusable(request))
+
+
+def _unusable(request: Request) -> dict[str, Any]:
+    """The adapter files that are not served; only how many where keys are configured, since names
+    are tenants' own."""
+    unusable = state_of(request).library.unusable
+    if not unusable:
+        return {}
+    details: dict[str, Any] = {"unusable_files": len(unusable)}
+    if not request.app.state.keys.configured:
+        listed = unusable[:MAX_LISTED]
+        details["unusable"] = [{"file": each.file, "reason": each.reason} for each in listed]
+    return {"details": details}
 
 
 @router.get(

@@ -1,5 +1,6 @@
 """Training checkpoints in: the first of a trunk, further ones, and what is refused."""
 
+import errno
 import io
 import os
 import pickle
@@ -12,9 +13,9 @@ import torch
 from conftest import KIT
 from safetensors.torch import load_file
 
-from adapters.errors import TrunklineError
+from adapters.errors import ImportRefused, TrunklineError
 from adapters.format import read_adapter
-from adapters.importers import ImportRefused, import_checkpoint
+from adapters.importers import Options, import_checkpoint
 from adapters.names import check_name
 from adapters.validate import validate
 from model.checkpoint import read_backbone
@@ -192,14 +193,59 @@ def changed(saved: Saved, name: str, by: float = 1.0) -> Saved:
     return saved
 
 
-@pytest.mark.parametrize(
-    "name", ["mlp.c_fc.weight", "attn.c_proj.bias", "cls_embedding", "sequence_head.A"]
-)
-def test_a_checkpoint_of_another_trunk_is_refused_by_the_tensor(
+@pytest.mark.parametrize("name", ["mlp.c_fc.weight", "attn.c_proj.bias", "wte.weight"])
+def test_a_checkpoint_of_another_trunk_is_refused_by_the_tensor_and_told_what_to_do(
     first: Path, tmp_path: Path, name: str
 ) -> None:
-    ckpt = save(tmp_path / "other.pt", changed(kit("b"), name))
-    refused(ckpt, first, rf"{name} differs .* another trunk")
+    other = changed(kit("b"), name)
+    if name == "wte.weight":  # the same tensor
+        changed(other, "lm_head.weight")
+    sentence = refused(
+        save(tmp_path / "other.pt", other), first, rf"{name} differs .* another trunk"
+    )
+    assert "trains trunk and LoRA together" in sentence
+    assert "trunk frozen" in sentence
+    assert "another --out" in sentence
+    assert ("freeze_transformer leaves lm_head trainable" in sentence) == (name == "wte.weight")
+
+
+@pytest.mark.parametrize("name", ["cls_embedding", "sequence_head.A"])
+def test_a_scorer_trained_on_the_frozen_trunk_is_an_adapter_that_carries_it(
+    first: Path, tmp_path: Path, name: str
+) -> None:
+    """The training script's second stage; a sequence head travels whole."""
+    saved = changed(without_lora(kit()), name)
+    imported = import_checkpoint(save(tmp_path / "scorer.pt", saved), META, first)
+    carried = read_adapter(imported.adapter).tensors
+    head = {"sequence_head.A", "sequence_head.B", "sequence_head.base_predictor.weight"}
+    assert set(carried) == ({"cls_embedding"} if name == "cls_embedding" else head)
+    assert torch.equal(carried[name], saved["model"][name])
+
+
+def test_a_second_checkpoint_in_which_nothing_differs_is_refused(
+    first: Path, tmp_path: Path
+) -> None:
+    ckpt = save(tmp_path / "same.pt", without_lora(kit()))
+    refused(ckpt, first, "nothing in it differs from the trunk")
+
+
+def test_a_second_checkpoint_without_a_critic_is_taken_and_it_is_said_whose_answers(
+    first: Path, tmp_path: Path
+) -> None:
+    saved = without_tensor("critic_head.weight")(kit())
+    saved["model_args"]["add_critic_head"] = False
+    imported = import_checkpoint(save(tmp_path / "plain.pt", saved), META, first)
+    assert "the set has no critic_head: the trunk's is used" in imported.notes
+
+
+def test_trunk_only_into_the_folder_of_another_trunk_is_refused(
+    first: Path, tmp_path: Path
+) -> None:
+    ckpt = save(tmp_path / "other.pt", changed(kit(), "critic_head.weight"))
+    before = files(first)
+    with pytest.raises(ImportRefused, match=r"critic_head\.weight differs"):
+        import_checkpoint(ckpt, META, first, options=Options(trunk_only=True))
+    assert files(first) == before
 
 
 def test_a_checkpoint_with_another_number_of_heads_is_of_another_trunk(
@@ -245,7 +291,7 @@ def with_nan(saved: Saved) -> Saved:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (without_lora, "no LoRA tensors"),
+        (without_lora, "no LoRA tensors.*--trunk-only"),
         (with_guidance, "guidance"),
         (with_args(n_heads=4), "'n_heads'"),
         (with_args(n_head=3), "n_head 3"),
@@ -366,3 +412,41 @@ def test_special_token_ids_outside_the_vocabulary_are_refused(tmp_path: Path) ->
     meta["mask_token_id"] = saved["model_args"]["mask_token_id"] = 500
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
     refused(save(tmp_path / "odd.pt", saved), tmp_path / "out", "500", tmp_path / "meta.pkl")
+
+
+# The disk: whole, or nothing.
+
+
+@pytest.mark.parametrize("what", ["backbone.safetensors", "config.json", "ckpt_a.safetensors"])
+@pytest.mark.parametrize("beside", [False, True], ids=["new folder", "folder with other files"])
+def test_a_disk_that_fills_leaves_nothing_of_an_import(
+    tmp_path: Path, what: str, beside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "some" / "where" / "trunk"
+    if beside:
+        out.mkdir(parents=True)
+        (out / "notes.txt").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    replace = os.replace
+
+    def full(path: Path | str, target: Path | str) -> None:
+        if Path(target).name == what and (not beside or out in Path(target).parents):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        replace(path, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(ImportRefused, match="No space left on device; nothing was written"):
+        import_checkpoint(KIT / "ckpt_a.pt", META, out)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_with_other_files_and_a_link_to_an_empty_one_are_taken(tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    for name in ("full", "link"):
+        import_checkpoint(KIT / "ckpt_a.pt", META, tmp_path / name)
+        assert read_backbone(tmp_path / name).digest == read_backbone(tmp_path / "full").digest
+    assert (tmp_path / "full" / "notes.txt").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "full", "link"]
