@@ -1,0 +1,82 @@
+"""Runs a client's program in its environment, with the address and the adapter replaced."""
+
+import json
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from clients.catalogue import Client
+
+HERE = Path(__file__).parent
+ADDRESS = "http://127.0.0.1:8000"  # of every program
+Outcome = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one program did, by case: written, nobody, base_url."""
+
+    version: str
+    outcomes: dict[str, Outcome]
+
+
+def run(client: Client, interpreter: Path, url: str, adapters: dict[str, str]) -> Run:
+    """`adapters`: the names in the programs, and what the server calls them."""
+    codes = variants(client, url, adapters)
+    asked = list(codes.values())
+    answer = (
+        run_node(interpreter, asked, client.package)
+        if client.kind == "node"
+        else run_python(interpreter, asked, client.package, client.prelude)
+    )
+    return Run(answer["version"], dict(zip(codes, answer["outcomes"], strict=True)))
+
+
+def variants(client: Client, url: str, adapters: dict[str, str]) -> dict[str, str]:
+    """The program as it is written; under an adapter that is not there; and the adapter in the base
+    URL with another name as the model, where the program has a model."""
+    nobody = dict.fromkeys(adapters, "nobody")
+    found = {
+        "written": replaced(client.code, url, adapters),
+        "nobody": replaced(client.code, url, nobody),
+    }
+    if not client.names_adapter_in_url and not client.at_root_only:
+        own = f"{url}/as/{adapters['scripture']}/-"
+        found["base_url"] = replaced(client.code, own, dict.fromkeys(adapters, "anything"))
+    return found
+
+
+def replaced(code: str, url: str, names: dict[str, str]) -> str:
+    for written, name in names.items():
+        code = code.replace(written, name)
+    assert ADDRESS in code
+    return code.replace(ADDRESS, url)
+
+
+def run_python(python: Path, codes: list[str], package: str, prelude: str) -> dict:
+    """All programs in one process: an import can take seconds."""
+    asked = json.dumps({"programs": codes, "package": package, "prelude": prelude})
+    command = [python, "-W", "ignore", HERE / "driver.py"]
+    return last_line(
+        subprocess.run(command, input=asked, capture_output=True, text=True, check=False)
+    )
+
+
+def run_node(modules: Path, codes: list[str], package: str) -> dict:
+    """Each program in a process; `modules` is the folder of node_modules."""
+    outcomes = []
+    for code in codes:
+        with tempfile.NamedTemporaryFile("w", dir=modules, suffix=".mjs") as program:
+            program.write(code)
+            program.flush()
+            command = ["node", HERE / "driver.mjs", program.name]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            outcomes.append(last_line(done))
+    manifest = modules / "node_modules" / package / "package.json"
+    return {"version": json.loads(manifest.read_text("utf-8"))["version"], "outcomes": outcomes}
+
+
+def last_line(done: subprocess.CompletedProcess[str]) -> dict:
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
