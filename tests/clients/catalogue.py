@@ -35,6 +35,11 @@ class Client:
     def names_adapter_in_url(self) -> bool:
         return "/as/scripture/-" in self.code
 
+    @property
+    def has_base_url_case(self) -> bool:
+        """Whether the adapter can stand in the base URL and another name be the model."""
+        return self.names_adapter and not self.names_adapter_in_url and not self.at_root_only
+
 
 OPENAI = "openai.NotFoundError"
 HUB = "huggingface_hub.HfHubHTTPError"
@@ -108,7 +113,7 @@ EMBEDDINGS = (
         HUB,
     ),
     Client("LiteLLM", "litellm", "litellm", "litellm_openai.py", "litellm.NotFoundError"),
-    Client("LiteLLM", "litellm", "litellm-old", "litellm_openai.py", "litellm.NotFoundError"),
+    Client("LiteLLM", "litellm", "litellm-old", "litellm_openai.py", "litellm.BadRequestError"),
     Client("Chroma `OpenAIEmbeddingFunction`", "chromadb", "chroma", "chroma_openai.py", OPENAI),
     Client("Chroma `HuggingFaceEmbeddingServer`", "chromadb", "chroma", "chroma_tei.py", None),
     Client(
@@ -144,12 +149,31 @@ RERANKERS = (
     Client("cohere `Client.rerank`", "cohere", "cohere", "cohere_v1.py", COHERE),
     Client("cohere `Client.rerank`", "cohere", "cohere-5", "cohere_v1.py", COHERE),
     Client("LiteLLM `rerank`, cohere", "litellm", "litellm", "litellm_rerank.py", LITELLM),
-    Client("LiteLLM `rerank`, cohere", "litellm", "litellm-old", "litellm_rerank.py", LITELLM),
-    Client("LiteLLM `rerank`, jina_ai", "litellm", "litellm", "litellm_rerank_jina.py", LITELLM),
+    Client(
+        "LiteLLM `rerank`, cohere",
+        "litellm",
+        "litellm-old",
+        "litellm_rerank.py",
+        "litellm.APIConnectionError",
+    ),
+    Client(
+        "LiteLLM `rerank`, jina_ai",
+        "litellm",
+        "litellm",
+        "litellm_rerank_jina.py",
+        LITELLM,
+        at_root_only=True,
+    ),
     Client(
         "LiteLLM `rerank`, hosted_vllm", "litellm", "litellm", "litellm_rerank_vllm.py", LITELLM
     ),
-    Client("LiteLLM `rerank`, huggingface", "litellm", "litellm", "litellm_rerank_tei.py", LITELLM),
+    Client(
+        "LiteLLM `rerank`, huggingface",
+        "litellm",
+        "litellm",
+        "litellm_rerank_tei.py",
+        "litellm.APIError",
+    ),
     Client("Haystack `CohereRanker`", "cohere-haystack", "haystack", "haystack_cohere.py", COHERE),
     Client(
         "Haystack `HuggingFaceTEIRanker`",

@@ -22,8 +22,14 @@ def outcome(code: str) -> dict[str, object]:
             exec(compile(code, "program", "exec"), names)
     except Exception as error:
         kind = f"{type(error).__module__.partition('.')[0]}.{type(error).__qualname__}"
-        return {"error": {"type": kind, "message": str(error)}}
+        return {"error": {"type": kind, "message": f"{error} {body_of(error)}"}}
     return {name: plain(names[name]) for name in RESULTS if name in names}
+
+
+def body_of(error: Exception) -> str:
+    """The answer's body, where an exception carries it and leaves it out of its message."""
+    content = getattr(error, "content", b"")
+    return content.decode() if isinstance(content, bytes) else ""
 
 
 def plain(value: object) -> object:

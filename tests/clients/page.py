@@ -1,4 +1,4 @@
-"""docs/clients.md: its blocks are the programs that are run, its table is what `make clients` wrote.
+"""docs/clients.md: its blocks are the programs that are run, its table is of `make clients`.
 
 `python -m clients.page TABLE.md` compares the page's table with one that was just measured;
 with `--write` it replaces the page's table and blocks.

@@ -29,7 +29,7 @@ def test_vectors_are_those_of_encode(
     table.fill(client.name, run.version, own_column(client), "exact")
 
 
-@each(tuple(client for client in EMBEDDINGS if not client.names_adapter_in_url))
+@each(tuple(client for client in EMBEDDINGS if client.has_base_url_case))
 def test_the_adapter_in_the_base_url_wins_over_the_model(
     client: Client, runs: Runs, expected: np.ndarray, table: Table
 ) -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from clients.catalogue import LABELS, RERANKERS, Client
-from clients.comparing import BY_URL, TOLERANCE, demand_refusal, each, encoded, own_column
+from clients.comparing import BY_MODEL, BY_URL, TOLERANCE, demand_refusal, each, encoded, own_column
 from clients.conftest import Runs
 from clients.table import Table
 from conftest import Served
@@ -39,11 +39,13 @@ def test_scores_are_the_cosines_of_encode(
     demand_cosines(scores, cosines[client.names_adapter])
     if "similarity" not in client.name:
         assert [score for _, score in scores] == sorted((s for _, s in scores), reverse=True)
-    column = own_column(client) if client.names_adapter else BY_URL
+    column = own_column(client) if client.names_adapter else BY_MODEL
     table.fill(client.name, run.version, column, "exact" if client.names_adapter else "trunk only")
+    if client.at_root_only:
+        table.fill(client.name, run.version, BY_URL, "the client drops the path")
 
 
-@each(tuple(c for c in RERANKERS if c.names_adapter and not c.names_adapter_in_url))
+@each(tuple(c for c in RERANKERS if c.has_base_url_case))
 def test_the_adapter_in_the_base_url_wins_over_the_model(
     client: Client, runs: Runs, cosines: dict[bool, np.ndarray], table: Table
 ) -> None:
@@ -53,7 +55,7 @@ def test_the_adapter_in_the_base_url_wins_over_the_model(
     table.fill(client.name, run.version, BY_URL, "exact")
 
 
-@each(tuple(client for client in RERANKERS if client.names_adapter))
+@each(tuple(client for client in RERANKERS + LABELS if client.names_adapter))
 def test_an_unknown_adapter_is_the_clients_own_exception_with_our_sentence(
     client: Client, runs: Runs, table: Table
 ) -> None:
