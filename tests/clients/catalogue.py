@@ -24,6 +24,11 @@ class Client:
         return f"{self.program}-{self.environment}"
 
     @property
+    def process(self) -> tuple[str, str, str]:
+        """What programs that run in one process have in common."""
+        return self.kind, self.environment, self.prelude
+
+    @property
     def code(self) -> str:
         return (PROGRAMS / self.program).read_text("utf-8")
 
@@ -238,3 +243,4 @@ LABELS = tuple(
     )
     for environment in ("huggingface-hub", "huggingface-hub-old")
 )
+ALL = EMBEDDINGS + RERANKERS + LANGCHAIN_DEFAULTS + LABELS

@@ -17,7 +17,9 @@ BY_MODEL, BY_URL, UNKNOWN = "adapter by `model`", "adapter in the base URL", "un
 def each(clients: tuple[Client, ...]) -> pytest.MarkDecorator:
     """All under `make clients`; in `make test` those that the project's own environment has."""
     run = [c for c in clients if "CLIENTS" in os.environ or c.environment in IN_VENV]
-    return pytest.mark.parametrize("client", run, ids=[client.id for client in run])
+    none = pytest.param(None, id="none", marks=pytest.mark.skip(reason="by make clients alone"))
+    shown = [pytest.param(client, id=client.id) for client in run] or [none]
+    return pytest.mark.parametrize("client", shown)
 
 
 def encoded(server: Served, adapter: str | None, texts: list[str]) -> np.ndarray:

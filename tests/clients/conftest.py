@@ -1,7 +1,8 @@
 """The server, the environments and the runs that the tests of all clients share.
 
-`make test` runs the clients whose package is in `.venv`, against the tiny trunk; `make clients` all
-of them, each in an environment of its own, against the demo, as docs/clients.md has them.
+`make test` runs those that start quickly and whose package is in `.venv`, with the tiny trunk;
+`make clients` runs all of them, each in an environment of its own, with the demo, as in
+docs/clients.md.
 """
 
 import os
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from clients.catalogue import Client
+from clients.catalogue import ALL, Client
 from clients.environments import IN_VENV, is_prepared
 from clients.runs import Run, run
 from clients.table import Table
@@ -42,12 +43,13 @@ def adapters() -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def runs(server: Served, adapters: dict[str, str]) -> Runs:
-    """Each program is run once; what it did is kept for the tests that follow."""
+    """Each program is run once, with the others of its environment; what it did is kept."""
     done: dict[Client, Run] = {}
 
     def of(client: Client) -> Run:
         if client not in done:
-            done[client] = run(client, interpreter_of(client), server.url, adapters)
+            together = [other for other in ALL if other.process == client.process]
+            done.update(run(together, interpreter_of(client), server.url, adapters))
         return done[client]
 
     return of

@@ -1,7 +1,7 @@
 """Runs programs inside a client's own environment, one after the other, in one process.
 
-Standard input: {"prelude": code, "programs": [code, ...], "package": name}. The last line of
-standard output: {"version": ..., "outcomes": [{"vectors": ...}, {"scores": ...}, or
+Standard input: {"prelude": code, "programs": [code, ...], "packages": [name, ...]}. The last line
+of standard output: {"versions": {name: version}, "outcomes": [{"vectors": ...}, {"scores": ...}, or
 {"error": {"type": ..., "message": ...}}, ...]}.
 """
 
@@ -45,4 +45,5 @@ if __name__ == "__main__":
     asked = json.load(sys.stdin)
     exec(asked["prelude"], {})
     outcomes = [outcome(code) for code in asked["programs"]]
-    print(json.dumps({"version": version(asked["package"]), "outcomes": outcomes}))
+    versions = {package: version(package) for package in asked["packages"]}
+    print(json.dumps({"versions": versions, "outcomes": outcomes}))

@@ -10,11 +10,15 @@ import subprocess
 import sys
 import tomllib
 import venv
+from collections.abc import Callable
 from pathlib import Path
 
 VERSIONS = tomllib.loads((Path(__file__).parent / "versions.toml").read_text("utf-8"))
+Install = Callable[[Path, list[str]], None]
 STAMP = "installed.json"
-IN_VENV = {"openai": "openai", "huggingface-hub": "huggingface_hub"}  # module of the project's own
+# Environments whose programs `make test` runs in the project's own, by the module that they need.
+# openai is not among them: tests/server/test_openai.py uses it, and tests/docs runs its program.
+IN_VENV = {"huggingface-hub": "huggingface_hub"}
 
 
 def prepare(folder: Path) -> None:
@@ -41,7 +45,7 @@ def version_of(package: str, environment: str, kind: str = "python") -> str:
     return next(version for name, _, version in pins if name == package)
 
 
-def _installed(place: Path, table: dict[str, list[str]], install) -> None:
+def _installed(place: Path, table: dict[str, list[str]], install: Install) -> None:
     stamp = place / STAMP
     if stamp.is_file() and json.loads(stamp.read_text("utf-8")) == table:
         return

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,16 +25,25 @@ class Run:
     outcomes: dict[str, Outcome]
 
 
-def run(client: Client, interpreter: Path, url: str, adapters: dict[str, str]) -> Run:
-    """`adapters`: the names in the programs, and what the server calls them."""
-    codes = variants(client, url, adapters)
-    asked = list(codes.values())
-    answer = (
-        run_node(interpreter, asked, client.package)
-        if client.kind == "node"
-        else run_python(interpreter, asked, client.package, client.prelude)
-    )
-    return Run(answer["version"], dict(zip(codes, answer["outcomes"], strict=True)))
+def run(
+    clients: Sequence[Client], interpreter: Path, url: str, adapters: dict[str, str]
+) -> dict[Client, Run]:
+    """The programs of clients that share an environment and a prelude.
+
+    `adapters`: the names in the programs, and what the server calls them.
+    """
+    codes = {client: variants(client, url, adapters) for client in clients}
+    asked = [code for variants_of in codes.values() for code in variants_of.values()]
+    packages = sorted({client.package for client in clients})
+    if clients[0].kind == "node":
+        answer = run_node(interpreter, asked, packages)
+    else:
+        answer = run_python(interpreter, asked, packages, clients[0].prelude)
+    outcomes = iter(answer["outcomes"])
+    return {
+        client: Run(answer["versions"][client.package], {case: next(outcomes) for case in cases})
+        for client, cases in codes.items()
+    }
 
 
 def variants(client: Client, url: str, adapters: dict[str, str]) -> dict[str, str]:
@@ -57,9 +67,9 @@ def replaced(code: str, url: str, names: dict[str, str]) -> str:
     return code.replace(ADDRESS, url)
 
 
-def run_python(python: Path, codes: list[str], package: str, prelude: str) -> dict:
+def run_python(python: Path, codes: list[str], packages: list[str], prelude: str) -> dict:
     """All programs in one process: an import can take seconds."""
-    asked = json.dumps({"programs": codes, "package": package, "prelude": prelude})
+    asked = json.dumps({"programs": codes, "packages": packages, "prelude": prelude})
     done = subprocess.run(
         [python, "-W", "ignore", HERE / "driver.py"],
         input=asked,
@@ -71,7 +81,7 @@ def run_python(python: Path, codes: list[str], package: str, prelude: str) -> di
     return last_line(done)
 
 
-def run_node(modules: Path, codes: list[str], package: str) -> dict:
+def run_node(modules: Path, codes: list[str], packages: list[str]) -> dict:
     """Each program in a process; `modules` is the folder of node_modules."""
     outcomes = []
     for code in codes:
@@ -81,8 +91,13 @@ def run_node(modules: Path, codes: list[str], package: str) -> dict:
             command = ["node", HERE / "driver.mjs", program.name]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             outcomes.append(last_line(done))
+    versions = {package: installed(modules, package) for package in packages}
+    return {"versions": versions, "outcomes": outcomes}
+
+
+def installed(modules: Path, package: str) -> str:
     manifest = modules / "node_modules" / package / "package.json"
-    return {"version": json.loads(manifest.read_text("utf-8"))["version"], "outcomes": outcomes}
+    return json.loads(manifest.read_text("utf-8"))["version"]
 
 
 def last_line(done: subprocess.CompletedProcess[str]) -> dict:

@@ -1,10 +1,8 @@
 """docs/clients.md shows the programs that the tests run, and a row for each client."""
 
-from clients.catalogue import EMBEDDINGS, LABELS, LANGCHAIN_DEFAULTS, PROGRAMS, RERANKERS
+from clients.catalogue import ALL, PROGRAMS
 from clients.environments import version_of
 from clients.page import PAGE, blocks, rewritten, table
-
-ALL = EMBEDDINGS + RERANKERS + LANGCHAIN_DEFAULTS + LABELS
 
 
 def test_blocks_are_the_programs_that_are_run() -> None:

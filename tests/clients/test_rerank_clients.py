@@ -19,7 +19,7 @@ def cosines(server: Served, adapters: dict[str, str]) -> dict[bool, np.ndarray]:
     for named, adapter in ((False, None), (True, adapters["scripture"])):
         query, *texts = encoded(server, adapter, [QUERY, *TEXTS])
         both[named] = np.stack(texts) @ query
-    assert np.abs(both[True] - both[False]).max() > 1e-2
+    assert np.abs(both[True] - both[False]).max() > 1e-3  # fifty times the tolerance
     return both
 
 
