@@ -34,11 +34,11 @@ class Client:
 
     @property
     def names_adapter(self) -> bool:
-        return "scripture" in self.code
+        return "scripture" in self.code or "supersense" in self.code
 
     @property
     def names_adapter_in_url(self) -> bool:
-        return "/as/scripture/-" in self.code
+        return "/as/" in self.code
 
     @property
     def has_base_url_case(self) -> bool:
