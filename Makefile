@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup serve test lint format check crash soak bench loadtest overload fuzz restarts attack audit docs image-test deploy-test demo demo-setup demo-data demo-train demo-evaluate
+.PHONY: setup serve test lint format check crash soak bench loadtest overload fuzz restarts attack clients audit docs image-test deploy-test demo demo-setup demo-data demo-train demo-evaluate
 
 setup: $(STAMP)
 
@@ -54,6 +54,14 @@ restarts: setup ## 100 rolling restarts of two servers behind a balancer, under 
 
 attack: setup ## every bad input for seconds each, with the latency of /health beside it: attack.md
 	ATTACK_S=2 ATTACK_REPORT=attack.md $(BIN)/python -m pytest -s tests/server/test_under_attack.py
+
+CLIENTS ?= .clients
+
+clients: setup ## every client of docs/clients.md, each in an environment of its own, and the page's table (ten minutes at first); WRITE=--write replaces it
+	$(BIN)/python tests/clients/environments.py $(CLIENTS)
+	CLIENTS=$(CLIENTS) $(BIN)/python -m pytest -s tests/clients $(ARGS)
+	du -sh $(CLIENTS)
+	PYTHONPATH=tests $(BIN)/python -m clients.page $(CLIENTS)/table.md $(WRITE)
 
 audit: setup ## known vulnerabilities in the pinned packages; needs the internet
 	$(BIN)/python -m pip install --quiet pip-audit

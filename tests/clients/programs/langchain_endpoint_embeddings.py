@@ -1,0 +1,6 @@
+from huggingface_hub import InferenceClient
+from langchain_huggingface import HuggingFaceEndpointEmbeddings
+
+embeddings = HuggingFaceEndpointEmbeddings(model="scripture")
+embeddings.client = InferenceClient(model="http://127.0.0.1:8000/as/scripture/-")
+vectors = embeddings.embed_documents(["In the beginning", "To be, or not to be"])
