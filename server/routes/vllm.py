@@ -8,6 +8,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from adapters.conditions import MUST_BE_NEW, UNCONDITIONAL
 from adapters.library import Library, Upload
 from adapters.store import Incoming
 from adapters.versions import Version
@@ -37,7 +38,8 @@ async def load_lora_adapter(request: Request) -> Response:
         raise Draining("the server is stopping", retry_after_s=5)
     check_adapter(request, body.lora_name)
     path = await asyncio.to_thread(_confined, body.lora_path, state.settings.import_root)
-    wanted = Upload(body.lora_name, "load_lora_adapter", must_be_new=not body.load_inplace)
+    condition = UNCONDITIONAL if body.load_inplace else MUST_BE_NEW
+    wanted = Upload(body.lora_name, "load_lora_adapter", condition=condition)
     version = await asyncio.to_thread(
         _publish, state.library, wanted, path, state.settings.max_adapter_bytes
     )
