@@ -22,6 +22,7 @@ from server.answer_shapes.adapters import (
     Uploaded,
 )
 from server.answers import JSONAnswer
+from server.arrivals import publish
 from server.bodies import read_json
 from server.conditions import condition_of, etag, not_modified
 from server.engine.errors import BadInput, Draining
@@ -203,11 +204,12 @@ async def put(request: Request, name: str) -> Response:
     settings = state.settings
     async with upload(
         request, state.library.store, settings.max_adapter_bytes, settings.receive_timeout_s
-    ) as incoming:
-        version, is_new = await asyncio.to_thread(state.library.publish, wanted, incoming)
-    answer = version_entry(version) | {"name": name}
-    headers = {"etag": etag(version.number), "location": f"/adapters/{name}"}
-    return JSONAnswer(answer, 201 if is_new else 200, headers)
+    ) as arrived:
+        published = await publish(state.library, wanted, arrived, settings.max_adapter_bytes)
+    answer = version_entry(published.version) | {"name": name}
+    answer |= {} if published.converted is None else {"converted": published.converted}
+    headers = {"etag": etag(published.version.number), "location": f"/adapters/{name}"}
+    return JSONAnswer(answer, 201 if published.is_new else 200, headers)
 
 
 @router.get(
