@@ -37,24 +37,27 @@ class Patterns:
 
     def __init__(self, patterns: Iterable[str]) -> None:
         """Raises BadPattern."""
-        self._patterns: list[tuple[str, _State | None, _State | None]] = []
+        self._patterns: list[tuple[str, Fragment | None]] = []
         length = 0
         for pattern in patterns:
             if _PLAIN.fullmatch(pattern):
-                self._patterns.append((pattern, None, None))
+                self._patterns.append((pattern, None))
                 continue
             length += len(pattern)
             if length > MAX_LENGTH:
                 raise BadPattern(f"patterns may have {MAX_LENGTH} characters in all")
-            self._patterns.append((pattern, *_Parser(pattern).parse()))
+            self._patterns.append((pattern, _Parser(pattern).parse()))
 
     def match(self, module: str) -> str | None:
         """The first pattern that is all of the name, or its end from a dot on: PEFT's rule."""
-        for pattern, start, end in self._patterns:
-            if start is None or end is None:
-                if _plain_matches(pattern, module):
-                    return pattern
-            elif any(_accepts(start, end, tail) for tail in _tails(module)):
+        for pattern, fragment in self._patterns:
+            if fragment is None:
+                matches = _plain_matches(pattern, module)
+            elif pattern.startswith("^"):
+                matches = _accepts(fragment, module)
+            else:
+                matches = any(_accepts(fragment, tail) for tail in _tails(module))
+            if matches:
                 return pattern
         return None
 
@@ -72,8 +75,8 @@ def _tails(module: str) -> list[str]:
     return [".".join(parts[i:]) for i in range(len(parts))]
 
 
-def _accepts(start: _State, end: _State, text: str) -> bool:
-    now = _closure([start])
+def _accepts(fragment: Fragment, text: str) -> bool:
+    now = _closure([fragment[0]])
     for character in text:
         now = _closure(
             then
@@ -81,7 +84,7 @@ def _accepts(start: _State, end: _State, text: str) -> bool:
             if state.reads is not None and state.reads(character)
             for then in state.then
         )
-    return any(state is end for state in now)
+    return any(state is fragment[1] for state in now)
 
 
 def _closure(states: Iterable[_State]) -> list[_State]:
@@ -103,10 +106,13 @@ class _Parser:
         self._text, self._at = pattern, 0
 
     def parse(self) -> Fragment:
-        # PEFT puts the pattern behind `(.*\.)?` and before `$`, so these two say nothing more
+        # PEFT puts the pattern before a `$`, so one of its own says nothing more
+        if not self._text.endswith("\\$"):
+            self._text = self._text.removesuffix("$")
         self._at = 1 if self._text.startswith("^") else 0
-        self._text = self._text.removesuffix("$") if not self._text.endswith("\\$") else self._text
         fragment = self._alternatives(depth=0)
+        if self._at and self._text.startswith("^") and len(fragment[0].then) > 1:
+            raise BadPattern("it has alternatives behind an anchor: put them into a group")
         if self._at < len(self._text):
             raise BadPattern("a group is closed that was not opened")
         return fragment

@@ -210,6 +210,13 @@ class _Source:
         while size > 0:
             size -= len(self.read(min(size, READ_BYTES)))
 
+    def finish(self) -> None:
+        """Read to the end of a gzip, so that its checksum is looked at. Raises PeftRefused."""
+        while part := self._part(READ_BYTES):
+            self._budget.take(len(part))
+        if self._inflater is not None and not self._inflater.eof:
+            _refuse("it is cut off")
+
     def _part(self, size: int) -> bytes:
         """At most so many bytes, none at the end."""
         if self._inflater is None:
@@ -229,6 +236,7 @@ def _read_tar(source: _Source, found: _Found) -> None:
         name = None  # what an extension says of the next member
         while any(block := source.read(_BLOCK)):  # a block of zeros is the end
             name = _read_tar_member(source, block, name, found)
+        source.finish()
     except (zlib.error, ValueError) as error:
         raise PeftRefused("the archive can't be read: it is not a sound tar", "archive") from error
 

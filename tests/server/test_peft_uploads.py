@@ -287,6 +287,7 @@ def hostile(files: Files) -> dict[str, tuple[str, bytes]]:
         "cut off": ("application/zip", sound[:-30]),
         "a cut tar": (TAR, whole[:700]),
         "a cut tar.gz": (GZ, gzip.compress(whole)[:-20]),
+        "a tar.gz with another checksum": (GZ, gzip.compress(whole)[:-8] + bytes(8)),
         "a zip as tar": (TAR, sound),
         "a bad checksum in the zip": ("application/zip", stored.replace(b'"r"', b'"q"', 1)),
         "a zip bomb": ("application/zip", zipped({**files, TENSOR_FILE: ZEROS})),
@@ -332,7 +333,7 @@ def test_a_hostile_archive_is_refused_and_leaves_nothing(adapters: Adapters, fil
     with adapters.unchanged():
         for fault, (kind, body) in hostile(files).items():
             answer = put(adapters, "plain", body, kind)
-            error = answer.json()["error"]
+            error = answer.json().get("error", {"code": answer.text})
             assert (answer.status_code, error["code"]) == (422, "invalid_adapter"), fault
             assert len(answer.content) < 600
             if fault == "a pickle":
