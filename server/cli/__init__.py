@@ -11,7 +11,11 @@ main = click.version_option(__version__)(
         members={
             "adapters": "server.cli.adapters:adapters",
             "bench": "server.cli.bench:bench",
+            "classify": "server.cli.inference:classify",
+            "critic": "server.cli.inference:critic",
+            "encode": "server.cli.inference:encode",
             "import": "server.cli.checkpoints:import_",
+            "info": "server.cli.info:info",
             "keys": "server.cli.keys:keys",
             "serve": "server.cli.serve:serve",
             "train": "server.cli.train:train_",
