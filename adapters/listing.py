@@ -9,7 +9,7 @@ import base64
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from adapters.errors import TrunklineError
 
@@ -40,16 +40,10 @@ class Wanted:
         """What `after` says; None at the beginning. Raises BadCursor. Not of the sort by name."""
         if not self.after:
             return None
-        try:
-            raw = base64.urlsafe_b64decode(self.after.removeprefix(_MARK).encode("ascii"))
-            sort, descending, value, name = json.loads(raw)
-        except (ValueError, TypeError, RecursionError):
-            sort = None
-        if not self.after.startswith(_MARK) or (sort, descending) != (self.sort, self.descending):
+        fields = _decoded(self.after)
+        if fields is None or fields[:2] != [self.sort, self.descending]:
             raise BadCursor("after is not a cursor of a list with this sort and order")
-        if type(value) not in (int, float) or not isinstance(name, str) or abs(value) > 1e300:
-            raise BadCursor("after is not a cursor of a list with this sort and order")
-        return value, name
+        return fields[2], fields[3]
 
     def cursor(self, value: float, name: str) -> str:
         """The cursor behind this row."""
@@ -57,6 +51,21 @@ class Wanted:
             return name
         raw = json.dumps([self.sort, self.descending, value, name], separators=(",", ":"))
         return _MARK + base64.urlsafe_b64encode(raw.encode()).decode()
+
+
+def _decoded(after: str) -> list[Any] | None:
+    """Sort, order, value and name of a cursor; None for any other text."""
+    try:
+        raw = base64.urlsafe_b64decode(after.removeprefix(_MARK).encode("ascii"))
+        fields = json.loads(raw)
+        json.dumps(fields, ensure_ascii=False).encode("utf-8")  # no lone surrogate is in it
+    except (ValueError, RecursionError):
+        return None
+    if not after.startswith(_MARK) or not isinstance(fields, list) or len(fields) != 4:
+        return None
+    value, name = fields[2:]
+    proper = type(value) in (int, float) and abs(value) < 1e18 and isinstance(name, str)
+    return fields if proper else None
 
 
 # The version that a row of the list shows: the current one, else the latest.
