@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import quote
 
@@ -116,6 +117,8 @@ def _address(url: str) -> tuple[str, httpx.BaseTransport | None]:
     if url.startswith("unix:"):
         path = url.removeprefix("unix:")
         path = path.removeprefix("//") if path.startswith("///") else path
+        if not Path(path).is_socket():
+            raise click.ClickException(f"{url} can't be reached: there is no socket at {path}")
         return "http://localhost", httpx.HTTPTransport(uds=path)
     return (url if "://" in url else f"http://{url}"), None
 
