@@ -49,7 +49,8 @@ CONDITIONAL = says.parameters(says.IF_MATCH, says.IF_NONE_MATCH)
 
 def _read(answer: Responses, *headers: str) -> Responses:
     """Of a conditional read."""
-    return says.with_headers(answer | says.NOT_MODIFIED, "ETag", *headers)
+    known = says.with_headers(says.NOT_MODIFIED, "ETag")
+    return says.with_headers(answer, "ETag", *headers) | known
 
 
 def may_use_adapter(request: Request) -> None:

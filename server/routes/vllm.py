@@ -15,13 +15,15 @@ from adapters.errors import Conflict
 from adapters.library import Library, Upload
 from adapters.peft import TENSOR_FILE, PeftFolder
 from adapters.peft_config import CONFIG_FILE, MAX_CONFIG_BYTES
+from server.answer_shapes.adapters import LoadedLora, UnloadedLora
 from server.answers import JSONAnswer, adapter_entry
 from server.arrivals import Published, publish_folder
 from server.bodies import read_json
 from server.engine.errors import BadInput, Draining
 from server.errors import RequestError
 from server.guard import check_adapter
-from server.routes.documented import BODY, IN_USE, UPLOAD, json_body, openai_errors
+from server.routes import adapter_documents as says
+from server.routes.documented import BODY, UPLOAD, json_body, ok, openai_errors
 from server.schemas import LoadLoraRequest, UnloadLoraRequest
 from server.state import state_of
 from server.uploads import WRITE_BYTES, too_large
@@ -31,7 +33,8 @@ router = APIRouter(prefix="/v1", tags=["adapters"])
 
 @router.post(
     "/load_lora_adapter",
-    responses=openai_errors(*BODY, *UPLOAD),
+    responses=openai_errors(*BODY, *UPLOAD)
+    | ok(LoadedLora, says.LOADED_EXAMPLE, says="It is served."),
     openapi_extra=json_body(LoadLoraRequest),
 )
 async def load_lora_adapter(request: Request) -> Response:
@@ -55,7 +58,9 @@ async def load_lora_adapter(request: Request) -> Response:
 
 @router.post(
     "/unload_lora_adapter",
-    responses=openai_errors(*BODY, "adapter_not_found", "read_only", "storage_full") | IN_USE,
+    responses=openai_errors(*BODY, "adapter_not_found", "read_only", "storage_full")
+    | ok(UnloadedLora, says.UNLOADED_EXAMPLE, says="It is gone.")
+    | ok(UnloadedLora, {"status": "success", "in_flight": 2}, status=202, says="In use yet."),
     openapi_extra=json_body(UnloadLoraRequest),
 )
 async def unload_lora_adapter(request: Request) -> Response:
