@@ -77,6 +77,9 @@ _SHOWN = """WITH shown AS (
     JOIN versions v ON v.name = s.name AND v.number = s.number
     JOIN blobs b ON b.digest = v.digest
     WHERE {where} ORDER BY 2 {order}, 1 {order} {limit}"""
+# Names alone: a walk along the index, which ends with the page
+_NAMES = """SELECT DISTINCT s.name, {key} FROM versions s
+    WHERE s.deleted_at IS NULL AND {where} ORDER BY 1 {order} {limit}"""
 _KEYS: dict[Sort, str] = {"created": "v.created_at", "bytes": "b.bytes"}
 
 
@@ -106,7 +109,8 @@ def page_query(wanted: Wanted) -> tuple[str, list[object]]:
         limit = ""
     order = "DESC" if wanted.descending else "ASC"
     where = " AND ".join(conditions)
-    query = _SHOWN.format(key=key, where=where, order=order, limit=limit)
+    form = _SHOWN if wanted.sort in _KEYS else _NAMES
+    query = form.format(key=key, where=where, order=order, limit=limit)
     return query, values + ([wanted.limit] if limit else [])
 
 
