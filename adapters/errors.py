@@ -78,6 +78,12 @@ class Damaged(TrunklineError):
     code = "adapter_damaged"
 
 
+class Unreadable(TrunklineError):
+    """A stored file can't be read now, for a reason that says nothing of its bytes."""
+
+    code = "overloaded"
+
+
 class InUse(TrunklineError):
     """Another process has the data folder."""
 

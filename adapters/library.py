@@ -10,10 +10,11 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from adapters.conditions import UNCONDITIONAL, Condition
 from adapters.errors import (
     Damaged,
     InUse,
@@ -26,6 +27,7 @@ from adapters.errors import (
 )
 from adapters.format import AdapterSet, read_adapter
 from adapters.leases import Lease, LeaseBook
+from adapters.listing import Wanted, page_by_count
 from adapters.names import check_name
 from adapters.probe import Probe
 from adapters.registry import Registry
@@ -33,7 +35,7 @@ from adapters.seeds import Seed, Unusable, printable, seeds_in
 from adapters.slots import SlotPool
 from adapters.store import BlobStore, Incoming
 from adapters.validate import MAX_RANK, validate
-from adapters.versions import Record, Version
+from adapters.versions import Named, Record, Version
 from model.checkpoint import Backbone
 from model.encoder import Encoder
 from model.heads import TrunkHeads
@@ -49,8 +51,7 @@ class Upload:
     who: str
     activate: bool = True
     allow_zero: bool = False
-    if_match: int | None = None
-    must_be_new: bool = False
+    condition: Condition = UNCONDITIONAL
 
 
 @dataclass
@@ -151,6 +152,24 @@ class Library:
     def usage(self, name: str) -> Usage:
         return self._usage.get(name, Usage())
 
+    def page(self, wanted: Wanted) -> tuple[list[Named], str | None]:
+        """A page of the list and the cursor of the next, None at the end. Raises BadCursor."""
+        more = replace(wanted, limit=wanted.limit + 1)
+        rows = self.registry.rows_of_page(more)
+        if wanted.sort in ("used", "requests"):
+            counts = self._counts(wanted.sort == "used")
+            rows = page_by_count([name for name, _ in rows], counts, more)
+        shown = rows[: wanted.limit]
+        cursor = wanted.cursor(shown[-1][1], shown[-1][0]) if len(rows) > wanted.limit else None
+        return self.registry.named_all([name for name, _ in shown]), cursor
+
+    def _counts(self, of_last_use: bool) -> dict[str, float]:
+        with self._usage_lock:
+            return {
+                name: (usage.last_used or 0.0) if of_last_use else usage.requests
+                for name, usage in self._usage.items()
+            }
+
     # Administration. These wait for the disk; none is to be called on the event loop.
 
     def check_upload(self, upload: Upload) -> None:
@@ -158,7 +177,7 @@ class Library:
         if upload.name != upload.name.lower() and self.registry.exists(upload.name.lower()):
             raise NameConflict("a name that differs by case only is taken")
         check_name(upload.name)
-        self.registry.check_condition(upload.name, upload.if_match, upload.must_be_new)
+        self.registry.check_condition(upload.name, upload.condition)
 
     def publish(self, upload: Upload, incoming: Incoming) -> tuple[Version, bool]:
         """Validate, probe, store and name what was uploaded; the version, and whether it is new.
@@ -172,7 +191,7 @@ class Library:
         previous = self._current_digest(upload.name)
         try:
             with self.registry.writing() as connection:
-                self.registry.check_condition(upload.name, upload.if_match, upload.must_be_new)
+                self.registry.check_condition(upload.name, upload.condition)
                 blob = self.store.commit(incoming, self.registry.stored_bytes())
                 number, is_new = self.registry.add(
                     connection, upload.name, blob, record, upload.who, upload.activate
@@ -210,19 +229,26 @@ class Library:
         return current.digest if current else None
 
     def _drop_if_unnamed(self, digest: str) -> None:
-        """After a failure: no file stays that no version names."""
+        """After a failure: no file stays that no version names.
+
+        Within a write transaction: another upload of the same bytes may commit its row in between,
+        and its acknowledged file must not go.
+        """
         try:
-            if not self.registry.has_blob(digest):
-                self.store.delete(digest)
-        except ReadOnly:
+            with self.registry.writing():
+                if not self.registry.has_blob(digest):
+                    self.store.delete(digest)
+        except (ReadOnly, StorageFull):
             log.warning("%s stays as an orphan until the next start", digest)
 
-    def remove(self, name: str, number: int | None, who: str) -> int:
+    def remove(
+        self, name: str, number: int | None, who: str, condition: Condition = UNCONDITIONAL
+    ) -> int:
         """Unpublish a name or one version of it at once; how many requests still use it.
 
         Its memory and its file are freed when the last of them is answered.
         """
-        digests = {version.digest for version in self.registry.remove(name, number, who)}
+        digests = {version.digest for version in self.registry.remove(name, number, who, condition)}
         in_flight = sum(
             self.leases.when_drained(digest, partial(self._collect_soon, digest))
             for digest in digests

@@ -8,7 +8,9 @@ from adapters.errors import BadName
 BASE = "base"  # the backbone alone, never an adapter's name
 CURRENT = "current"  # the alias behind a bare name
 # The part of a route behind an adapter's name; a namespaced name must not end in one.
-ROUTE_WORDS = {"load", "unload", "pin", "unpin", "verify", "versions", "aliases"}
+ROUTE_WORDS = {
+    "load", "unload", "pin", "unpin", "verify", "versions", "aliases", "file", "traffic",
+}  # fmt: skip
 MIN_DIGEST_PREFIX = 12
 
 # For documents: what check_name and check_alias take, but for lengths and for words and numbers

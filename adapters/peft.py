@@ -7,7 +7,6 @@ differ go into rank_pattern, and PEFT's scaling follows from them as this format
 """
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapters.format import AdapterSet, adapter_bytes, read_adapter, write_adapter
+from adapters.format import FORMAT, AdapterSet, adapter_bytes, parse_adapter, read_adapter
+from adapters.peft_config import CONFIG_FILE, PeftConfig, PeftRefused, parse_config, word
 from adapters.validate import Manifest, validate
 from model.checkpoint import Backbone
 
-CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 
 # the linear that PEFT wraps -> the site where the same LoRA is added here
@@ -34,67 +33,91 @@ SITES = {
 }
 
 _PREFIX = "base_model.model."
+# In front of a name, in any order and number: PEFT's own, torch.compile's, and DDP's
+_PREFIXES = re.compile(r"(?:base_model\.model\.|base_model\.|_orig_mod\.|module\.|model\.)*")
 _LORA = re.compile(
-    rf"(transformer\.h\.[0-9]+\.)({'|'.join(map(re.escape, SITES))})\.lora_([AB])\.weight"
+    # PEFT names the adapter where a state dict was saved whole: lora_A.default.weight
+    rf"(transformer\.h\.[0-9]{{1,6}}\.)({'|'.join(map(re.escape, SITES))})"
+    r"\.lora_([AB])(?:\.[^.]{1,100})?\.weight"
 )
-_SAVED = re.compile(r"transformer\.(h\.[0-9]+\.ln_[12]|ln_f)\.(weight|bias)|critic_head\.weight")
+_WRAPPED = re.compile(r"\.modules_to_save\.[^.]{1,100}(?=\.)")
+_SAVED = re.compile(
+    r"transformer\.(h\.[0-9]{1,6}\.ln_[12]|ln_f)\.(weight|bias)|critic_head\.weight"
+)
 _LORA_OUT = re.compile(r"(transformer\.h\.[0-9]+\.)([a-z]+\.lora_[a-z]+)\.([AB])\.weight")
 
-# Fields of adapter_config.json that say nothing about what the trained tensors do, or say it of
-# modules that the tensors' names show.
-_SILENT = {
-    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config",
-    "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "lora_dropout",
-    "megatron_core", "modules_to_save", "peft_version", "qalora_group_size", "revision",
-    "runtime_config", "target_modules", "task_type",
-}  # fmt: skip
-_READ = {
-    "alpha_pattern", "bias", "init_lora_weights", "lora_alpha", "peft_type", "r", "rank_pattern",
-    "use_rslora",
-}  # fmt: skip
-# Others, PiSSA and its kind, change the backbone's matrices when they begin.
-_BEGINNINGS = (True, False, "gaussian", "orthogonal", "eva")
 _DESCRIBING = ("created_at", "description", "license", "metrics")  # metadata that travels along
 
 
-class PeftRefused(ValueError):
-    """A PEFT folder, or an adapter file, that can't be said in the other's terms, and why."""
+@dataclass(frozen=True)
+class PeftFolder:
+    """The two files of a PEFT folder in memory; `others` is how many more there were."""
+
+    config: bytes | bytearray
+    tensors: bytearray
+    others: int = 0
 
 
 @dataclass(frozen=True)
-class PeftConfig:
-    """What an adapter_config.json says of the scaling."""
+class Converted:
+    """An adapter file made of a PEFT folder, what it changes, and what became of the folder."""
 
-    r: int
-    lora_alpha: float
-    rank_pattern: Mapping[str, int]  # regular expressions of module names, the first match counts
-    alpha_pattern: Mapping[str, float]
-    use_rslora: bool
+    file: bytes
+    manifest: Manifest
+    report: Mapping[str, Any]
 
-    def rank(self, module: str) -> int:
-        return self.rank_pattern.get(_matching(self.rank_pattern, module), self.r)
 
-    def alpha(self, module: str) -> float:
-        return self.alpha_pattern.get(_matching(self.alpha_pattern, module), self.lora_alpha)
+def convert(folder: PeftFolder, backbone: Backbone) -> Converted:
+    """Make an adapter file of a PEFT folder.
+
+    Raises PeftRefused for what an adapter set can't express, Invalid for tensors that do not fit
+    the backbone.
+    """
+    config = parse_config(folder.config)
+    saved = parse_adapter(folder.tensors)
+    tensors = _tensors_here(saved)
+    alpha, folded = _fold_alphas(config, tensors)
+    metadata = {key: saved.metadata[key] for key in _DESCRIBING if key in saved.metadata}
+    metadata |= {"use_rslora": "true"} if config.use_rslora else {}
+    metadata |= {
+        "base_digest": saved.metadata.get("base_digest", backbone.digest),
+        "format": FORMAT,
+        "lora_alpha": repr(alpha),
+    }
+    manifest = _validated(AdapterSet(tensors, metadata, ""), backbone)
+    saved_modules = [*manifest.norms, *(["critic_head"] if manifest.critic else [])]
+    report = {
+        "from": "peft",
+        "lora": sum(map(len, manifest.ranks.values())),
+        "saved": saved_modules,
+        "lora_alpha": alpha,
+        "folded": folded,
+        "dropped": list(config.dropped),
+        "ignored_files": folder.others,
+    }
+    return Converted(adapter_bytes(tensors, metadata), manifest, report)
+
+
+def read_folder(folder: Path) -> PeftFolder:
+    """Raises PeftRefused for a folder without one of the two files."""
+    try:
+        config = (folder / CONFIG_FILE).read_bytes()
+        return PeftFolder(config, bytearray((folder / TENSOR_FILE).read_bytes()))
+    except OSError as error:
+        raise PeftRefused(f"{error.filename} can't be read: {error.strerror}") from error
 
 
 def import_peft(folder: Path, backbone: Backbone, out: Path) -> Manifest:
     """Make the adapter file `out` of a PEFT folder; what it changes.
 
-    Raises PeftRefused for what an adapter set can't express, Invalid for tensors that do not fit
-    the backbone; then nothing is written.
+    Raises as `convert` does; then nothing is written.
     """
-    config = _read_config(folder / CONFIG_FILE)
-    saved = _read_tensors(folder / TENSOR_FILE)
-    tensors = {_name_here(name): tensor for name, tensor in saved.tensors.items()}
-    alpha = _fold_alphas(config, tensors)
-    metadata = {key: saved.metadata[key] for key in _DESCRIBING if key in saved.metadata}
-    metadata |= {"use_rslora": "true"} if config.use_rslora else {}
-    base_digest = saved.metadata.get("base_digest", backbone.digest)
-    described = metadata | {"lora_alpha": repr(alpha), "base_digest": base_digest}
-    manifest = _validated(AdapterSet(tensors, described, ""), backbone)
-    write_adapter(out, tensors, lora_alpha=alpha, base_digest=base_digest, metadata=metadata)
-    return manifest
+    converted = convert(read_folder(folder), backbone)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(out.name + ".tmp")
+    part.write_bytes(converted.file)
+    part.replace(out)
+    return converted.manifest
 
 
 def export_peft(file: Path, backbone: Backbone, out: Path) -> list[str]:
@@ -129,99 +152,52 @@ def _validated(adapter: AdapterSet, backbone: Backbone) -> Manifest:
 # In.
 
 
-def _read_config(path: Path) -> PeftConfig:
-    fields = _read_json(path)
-    kind, bias = fields.get("peft_type"), fields.get("bias", "none")
-    if kind != "LORA":
-        raise PeftRefused(f"{path}: peft_type is {kind}; an adapter set can express LORA alone")
-    if bias != "none":
-        raise PeftRefused(
-            f"{path}: bias is {bias}; biases are the backbone's, no adapter set has any"
-        )
-    beginning = fields.get("init_lora_weights", True)
-    if beginning not in _BEGINNINGS:
-        raise PeftRefused(
-            f"{path}: init_lora_weights is {beginning}, which changes the backbone's own matrices"
-        )
-    for name in sorted(set(fields) - _SILENT - _READ):
-        if fields[name]:
-            raise PeftRefused(f"{path}: {name} is set, which an adapter set can't express")
-    return PeftConfig(
-        _rank(path, "r", fields.get("r", 8)),
-        _alpha(path, "lora_alpha", fields.get("lora_alpha", 8)),
-        {key: _rank(path, key, r) for key, r in _pattern(path, fields, "rank_pattern").items()},
-        {key: _alpha(path, key, a) for key, a in _pattern(path, fields, "alpha_pattern").items()},
-        bool(fields.get("use_rslora")),
-    )
+def _tensors_here(saved: AdapterSet) -> dict[str, Tensor]:
+    """The tensors by their names in an adapter file. Raises PeftRefused."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in saved.tensors.items():
+        here = _name_here(name)
+        if here in tensors:
+            raise PeftRefused(
+                f"{TENSOR_FILE}: {here} comes from two tensors; is there more than one adapter?",
+                "duplicate_name",
+                file=TENSOR_FILE,
+            )
+        if here is not None:
+            tensors[here] = tensor
+    if not tensors:
+        raise PeftRefused(f"{TENSOR_FILE} has no trained tensors", "no_tensors", file=TENSOR_FILE)
+    return tensors
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise PeftRefused(f"{path} can't be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise PeftRefused(f"{path} is not JSON") from error
-    if not isinstance(fields, dict):
-        raise PeftRefused(f"{path} must hold a JSON object")
-    return fields
+def _name_here(name: str) -> str | None:
+    """A PEFT tensor's name in an adapter file; None for a backbone's own tensor that was saved too.
 
-
-def _read_tensors(path: Path) -> AdapterSet:
-    try:
-        return read_adapter(path)
-    except OSError as error:
-        raise PeftRefused(f"{path} can't be read: {error.strerror}") from error
-
-
-def _rank(path: Path, key: str, value: Any) -> int:
-    if type(value) is not int or value < 1:
-        raise PeftRefused(f"{path}: the rank {key} must be an integer above 0")
-    return value
-
-
-def _alpha(path: Path, key: str, value: Any) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
-        raise PeftRefused(f"{path}: the alpha {key} must be a finite number above 0")
-    return float(value)
-
-
-def _pattern(path: Path, fields: Mapping[str, Any], name: str) -> dict[str, Any]:
-    pattern = fields.get(name) or {}
-    if not isinstance(pattern, dict):
-        raise PeftRefused(f"{path}: {name} must be an object")
-    for key in pattern:
-        try:
-            re.compile(key)
-        except re.error as error:
-            raise PeftRefused(f"{path}: {name} has {key}, no regular expression") from error
-    return pattern
-
-
-def _matching(patterns: Mapping[str, Any], module: str) -> str:
-    """PEFT's rule: the first expression that is the name's end, from a dot on, or all of it."""
-    matches = (key for key in patterns if re.match(rf"(.*\.)?({key})$", module))
-    return next(matches, module)
-
-
-def _name_here(name: str) -> str:
-    """A PEFT tensor's name in an adapter file. Raises PeftRefused where it has none."""
-    plain = name.removeprefix(_PREFIX)
+    Raises PeftRefused where it has none.
+    """
+    plain = _PREFIXES.sub("", name[:1000], count=1)
+    if ".original_module." in plain:
+        return None
     match = _LORA.fullmatch(plain)
     if match:
         return f"{match[1]}{SITES[match[2]]}.{match[3]}.weight"
+    plain = _WRAPPED.sub("", plain)
     if _SAVED.fullmatch(plain):
         return plain
-    module = plain.partition(".lora_")[0][:100]
+    module = word(plain.partition(".lora_")[0][:100])
+    if ".lora_magnitude_vector" in plain:
+        raise _unsaid(f"DoRA on {module} can't be expressed: train with use_dora=False")
     if ".lora_" in plain:
-        raise PeftRefused(
-            f"LoRA on {module} can't be expressed, only on {', '.join(SITES)} of a layer"
-        )
-    raise PeftRefused(f"{module} can't be saved in an adapter set, only LayerNorms and critic_head")
+        raise _unsaid(f"LoRA on {module} can't be expressed, only on {', '.join(SITES)} of a layer")
+    raise _unsaid(f"{module} can't be saved in an adapter set, only LayerNorms and critic_head")
 
 
-def _fold_alphas(config: PeftConfig, tensors: dict[str, Tensor]) -> float:
-    """The file's alpha; B of the sites that have another is changed to fit it."""
+def _unsaid(sentence: str) -> PeftRefused:
+    return PeftRefused(sentence, file=TENSOR_FILE)
+
+
+def _fold_alphas(config: PeftConfig, tensors: dict[str, Tensor]) -> tuple[float, int]:
+    """The file's alpha, and how many sites have another, whose B is changed to fit it."""
     alphas = {}
     for name, b in tensors.items():
         match = _LORA_OUT.fullmatch(name)
@@ -230,14 +206,16 @@ def _fold_alphas(config: PeftConfig, tensors: dict[str, Tensor]) -> float:
         module = match[1] + _linear(match[2])
         if b.shape[-1] != config.rank(module):
             raise PeftRefused(
-                f"{module} has rank {b.shape[-1]}, but {CONFIG_FILE} says {config.rank(module)}"
+                f"{module} has rank {b.shape[-1]}, but {CONFIG_FILE} says {config.rank(module)}",
+                "rank",
+                file=TENSOR_FILE,
             )
         alphas[name] = config.alpha(module)
     shared = Counter(alphas.values()).most_common(1)[0][0] if alphas else config.lora_alpha
     for name, alpha in alphas.items():
         if alpha != shared:
             tensors[name] = (tensors[name].double() * (alpha / shared)).float()
-    return shared
+    return shared, sum(alpha != shared for alpha in alphas.values())
 
 
 # Out.

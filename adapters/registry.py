@@ -12,8 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from adapters.conditions import UNCONDITIONAL, Condition
 from adapters.database import Database
-from adapters.errors import Conflict, Damaged, NotFound, VersionNotFound
+from adapters.errors import Damaged, NotFound, VersionNotFound
+from adapters.listing import Wanted, page_query
 from adapters.names import CURRENT, check_alias, parse_reference, what_is_missing
 from adapters.resolved import Resolved
 from adapters.store import Blob
@@ -90,7 +92,7 @@ class Registry:
 
     def named(self, name: str) -> Named:
         """Raises NotFound."""
-        found = self._named([name])
+        found = self.named_all([name])
         if not found:
             raise NotFound(f"no adapter is named {name}")
         return found[0]
@@ -99,16 +101,16 @@ class Registry:
         self, after: str = "", limit: int = 100, patterns: Sequence[str] = ("*",)
     ) -> list[Named]:
         """Names in order, those behind `after` that a shell pattern matches, as fnmatch has it."""
-        globs = [pattern.replace("[!", "[^") for pattern in patterns]
-        matches = " OR ".join(["name GLOB ?"] * len(globs))
-        rows = self._rows(
-            f"""SELECT DISTINCT name FROM versions WHERE deleted_at IS NULL AND name > ?
-            AND ({matches}) ORDER BY name LIMIT ?""",
-            after,
-            *globs,
-            limit,
-        )
-        return self._named([row[0] for row in rows])
+        rows = self.rows_of_page(Wanted(after=after, limit=limit, patterns=patterns))
+        return self.named_all([name for name, _ in rows])
+
+    def rows_of_page(self, wanted: Wanted) -> list[tuple[str, float]]:
+        """Names and their sort keys, in order; of a sort that is counted in memory all, with 0.
+
+        Raises BadCursor.
+        """
+        query, values = page_query(wanted)
+        return [(name, key) for name, key in self._rows(query, *values)]
 
     def count(self) -> int:
         rows = self._rows("SELECT count(DISTINCT name) FROM versions WHERE deleted_at IS NULL")
@@ -158,7 +160,8 @@ class Registry:
             )
         ]
 
-    def _named(self, names: Sequence[str]) -> list[Named]:
+    def named_all(self, names: Sequence[str]) -> list[Named]:
+        """Those of the names that exist, in this order."""
         marks = ", ".join("?" * len(names))
         versions: dict[str, list[Version]] = {}
         condition = f"AND v.name IN ({marks}) ORDER BY v.name, v.number"
@@ -176,17 +179,12 @@ class Registry:
 
     # Writing. Each is one transaction; what a condition forbids changes nothing.
 
-    def check_condition(self, name: str, if_match: int | None, must_be_new: bool) -> None:
-        """If-Match: the current version's number; If-None-Match: no such name. Raises Conflict."""
-        current = self._current(name)
-        if must_be_new and self.exists(name):
-            raise Conflict(f"{name} exists already")
-        if if_match is not None and current != if_match:
-            raise Conflict(
-                f"{name} is at version {current}, not {if_match}"
-                if current
-                else f"{name} has no current version"
-            )
+    def check_condition(self, name: str, condition: Condition) -> None:
+        """Raises Conflict unless the condition holds for the name; its tag is the current version.
+
+        Within `writing` what it found stays so until the commit.
+        """
+        condition.check(name, self._current(name), self.exists(name))
 
     def add(
         self,
@@ -222,26 +220,34 @@ class Registry:
         return number, True
 
     def point(
-        self, name: str, alias: str, number: int, who: str, if_match: int | None = None
+        self,
+        name: str,
+        alias: str,
+        number: int,
+        who: str,
+        condition: Condition = UNCONDITIONAL,
     ) -> Pointer:
-        """Move an alias, or `current`, to a version; if_match is the pointer's generation, 0: new.
+        """Move an alias, or `current`, to a version. The tag is the pointer's generation, 0: new.
 
         Raises BadName, NotFound, VersionNotFound, or Conflict.
         """
         check_alias(alias)
         with self.writing() as connection:
             self.read(f"{name}@{number}")
-            generation = self._pointer(name, alias).generation
-            if if_match is not None and if_match != generation:
-                raise Conflict(f"{name}@{alias} is at generation {generation}, not {if_match}")
+            pointer = self._pointer(name, alias)
+            exists = pointer.number is not None
+            condition.check(f"{name}@{alias}", pointer.generation, exists)
             self._move(connection, name, alias, number)
             self._log(connection, who, "point", name, alias=alias, version=number)
             return self._pointer(name, alias)
 
-    def remove(self, name: str, number: int | None, who: str) -> list[Version]:
+    def remove(
+        self, name: str, number: int | None, who: str, condition: Condition = UNCONDITIONAL
+    ) -> list[Version]:
         """Tombstone a version, or all of a name; their pointers point to nothing.
 
-        Returns the versions removed. Raises NotFound or VersionNotFound.
+        The condition's tag is the version's own number; of a whole name it is the current version.
+        Returns the versions removed. Raises NotFound, VersionNotFound or Conflict.
         """
         with self.writing() as connection:
             versions = self.named(name).versions
@@ -249,6 +255,9 @@ class Registry:
                 versions = [version for version in versions if version.number == number]
                 if not versions:
                     raise VersionNotFound(f"{name} has no version {number}")
+                condition.check(f"{name}@{number}", number, exists=True)
+            else:
+                self.check_condition(name, condition)
             for version in versions:
                 connection.execute(
                     "UPDATE versions SET deleted_at = ? WHERE name = ? AND number = ?",

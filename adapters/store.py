@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapters.errors import Damaged, Invalid, ReadOnly, StorageFull
+from adapters.errors import Damaged, Invalid, ReadOnly, StorageFull, Unreadable
 from adapters.format import AdapterSet, read_adapter
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -139,6 +139,19 @@ class BlobStore:
         except OSError as error:
             raise Damaged(f"the file of {digest} can't be read: {error.strerror}") from error
         return adapter
+
+    def open(self, digest: str) -> int:
+        """A descriptor of the file, which outlives a delete; the caller closes it.
+
+        Raises Damaged where the file is gone or a link, Unreadable where it can't be opened now.
+        """
+        try:
+            return os.open(self.path(digest), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ELOOP):
+                raise Damaged(f"the file of {digest} is gone") from error
+            sentence = f"the file of {digest} can't be opened now: {os.strerror(error.errno or 0)}"
+            raise Unreadable(sentence, retry_after_s=1) from error
 
     def verify(self, digest: str) -> str | None:
         """What is wrong with the file of `digest`, or None. Changes nothing."""

@@ -34,7 +34,7 @@ from server.hot import HotRoutes
 from server.keys import KeyRing
 from server.metrics import Metrics
 from server.middleware import RequestContext
-from server.routes import adapters, critic, diff, encode, openai, ops, tokens, vllm
+from server.routes import adapters, critic, diff, encode, openai, ops, residency, tokens, vllm
 from server.routes.documented import completed
 from server.settings import BadSettings, Settings, default_data_dir
 from server.shed import Shed
@@ -49,7 +49,7 @@ HOT = {
     "/classify": critic.classify,
     "/v1/embeddings": openai.embeddings,
 }
-ROUTES = (encode, critic, openai, vllm, tokens, adapters, diff, ops)
+ROUTES = (encode, critic, openai, vllm, tokens, residency, adapters, diff, ops)
 CLIENT_LEFT = 499  # nobody reads it; the log and the metrics show it
 
 

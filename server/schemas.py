@@ -177,14 +177,18 @@ class AliasRequest(StrictModel):
 
 
 class LoadLoraRequest(StrictModel):
-    """vLLM's shape."""
+    """vLLM's shape. Its fields without a meaning here change no result, so they are taken."""
 
     lora_name: str
     lora_path: str
-    load_inplace: bool = False
+    load_inplace: bool | None = False
+    lora_int_id: int | None = None
+    base_model_name: str | None = None
+    is_3d_lora_weight: Literal[False] | None = None
 
 
 class UnloadLoraRequest(StrictModel):
     """vLLM's shape."""
 
     lora_name: str
+    lora_int_id: int | None = None

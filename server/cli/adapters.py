@@ -1,15 +1,12 @@
 """trunkline adapters: the adapters of a running server."""
 
-import hashlib
-from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import RenderableType
-from rich.filesize import decimal
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from adapters.errors import BadName, VersionNotFound
+from adapters.listing import SORTS
 from adapters.names import CURRENT, check_alias, check_name, parse_reference
 from server.cli import tables
 from server.cli.client import Answer, Server, on_server, path_of
@@ -22,6 +19,8 @@ from server.cli.lazy import LazyGroup
     members={
         "export-peft": "server.cli.peft:export_peft_",
         "import-peft": "server.cli.peft:import_peft_",
+        "pull": "server.cli.transfer:pull",
+        "push": "server.cli.transfer:push",
     },
 )
 def adapters() -> None:
@@ -32,75 +31,18 @@ def adapters() -> None:
     """
 
 
-def _pushed(answer: Answer) -> RenderableType:
-    body = answer.body
-    what = "is new" if answer.status == 201 else "was there already: the very same bytes"
-    return (
-        f"{body['name']}@{body['version']} {what}\n"
-        f"  digest       {tables.digest(body['digest'])}, {decimal(body['bytes'])}\n"
-        f"  changes      {tables.changes(body)}\n"
-        f"  probe delta  {body['probe_delta']:.4g}"
-    )
-
-
 @adapters.command()
-@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
-@click.argument("name")
-@click.option("--no-activate", is_flag=True, help="Store the version; what is current stays.")
-@click.option("--if-match", type=click.IntRange(0), help="Only if this version is current.")
-@click.option("--new", is_flag=True, help="Only if the name is not taken.")
-@click.option("--allow-zero", is_flag=True, help="Take a set that changes nothing.")
-@on_server(shown=_pushed)
-def push(
-    server: Server,
-    file: Path,
-    name: str,
-    no_activate: bool,
-    if_match: int | None,
-    new: bool,
-    allow_zero: bool,
-) -> Answer:
-    """Upload FILE as the new version of NAME.
-
-    It becomes the current one; requests under way keep theirs.
-    """
-    check_name(name)
-    headers = {"content-type": "application/octet-stream", "x-content-sha256": _sha256(file)}
-    headers |= {} if if_match is None else {"if-match": f'"{if_match}"'}
-    headers |= {"if-none-match": "*"} if new else {}
-    query = {"activate": not no_activate, "allow_zero": allow_zero}
-    with _progress() as progress, progress.open(file, "rb", description=name) as content:
-        return server.call("PUT", path_of(name), params=query, headers=headers, content=content)
-
-
-def _sha256(file: Path) -> str:
-    try:
-        with file.open("rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
-    except OSError as error:
-        raise click.ClickException(f"{file} can't be read: {error.strerror}") from error
-
-
-def _progress() -> Progress:
-    """On stderr, and only on a terminal; it goes when the answer is there."""
-    console = tables.console(stderr=True)
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-    )
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-
-
-@adapters.command()
+@click.argument("q", default="", metavar="[TEXT]")
+@click.option("--sort", type=click.Choice(SORTS), default="name", show_default=True)
+@click.option("--desc", is_flag=True, help="The largest, or the last, first.")
 @on_server(shown=lambda answer: tables.listing(answer.body))
-def ls(server: Server) -> Answer:
-    """List all adapters.
+def ls(server: Server, q: str, sort: str, desc: bool) -> Answer:
+    """List all adapters, or those with TEXT in their name or in an alias.
 
     Rank, size and digest are the current version's.
     """
-    return Answer(200, {"object": "list", "data": list(server.adapters()), "next": None})
+    rows = list(server.adapters(q=q, sort=sort, order="desc" if desc else "asc"))
+    return Answer(200, {"object": "list", "data": rows, "next": None})
 
 
 @adapters.command()

@@ -2,10 +2,11 @@
 
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 from urllib.parse import quote
 
 import click
@@ -44,7 +45,10 @@ class Server:
         self.url = url
         headers = [] if key is None else [(b"authorization", b"Bearer " + key.encode())]
         try:
-            self._http = httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT)
+            base, transport = _address(url)
+            self._http = httpx.Client(
+                base_url=base, transport=transport, headers=headers, timeout=TIMEOUT
+            )
         except (httpx.InvalidURL, ValueError) as error:
             raise click.ClickException(f"{url} is no address of a server: {error}") from error
 
@@ -56,29 +60,67 @@ class Server:
 
     def call(self, method: str, path: str, **options: Any) -> Answer:
         """One request; options as httpx takes them."""
-        try:
+        with self._faults():
             response = self._http.request(method, path, **options)
+        body = self._body(response)
+        if body is None or not response.is_success:
+            self._refuse(response, body)
+        return Answer(response.status_code, body)
+
+    def download(self, path: str, write: Callable[[bytes], Any]) -> Mapping[str, str]:
+        """Write the body of a GET, part by part; the headers of the answer.
+
+        Raises as `call`, also where the body is cut off.
+        """
+        with self._faults(), self._http.stream("GET", path) as response:
+            if not response.is_success:
+                response.read()
+                self._refuse(response, self._body(response))
+            for part in response.iter_raw():
+                write(part)
+            return response.headers
+
+    @contextmanager
+    def _faults(self) -> Iterator[None]:
+        try:
+            yield
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise click.ClickException(f"{self.url} can't be reached: {error}") from error
+
+    def _body(self, response: httpx.Response) -> dict[str, Any] | None:
+        """A JSON object; None for anything else."""
         try:
             body = response.json()
         except ValueError:
-            body = None
-        if not isinstance(body, dict) or not (response.is_success or _is_error(body)):
+            return None
+        return body if isinstance(body, dict) else None
+
+    def _refuse(self, response: httpx.Response, body: dict[str, Any] | None) -> NoReturn:
+        if body is None or not _is_error(body):
             raise click.ClickException(
                 f"{self.url} answered {response.status_code}, but not as a trunkline server does"
             )
-        if not response.is_success:
-            raise Refused(body)
-        return Answer(response.status_code, body)
+        raise Refused(body)
 
-    def adapters(self) -> Iterator[dict[str, Any]]:
+    def adapters(self, **query: str) -> Iterator[dict[str, Any]]:
         """Every row of GET /adapters, page by page."""
         after: str | None = ""
         while after is not None:
-            page = self.call("GET", "/adapters", params={"limit": PAGE, "after": after}).body
+            params = query | {"limit": str(PAGE), "after": after}
+            page = self.call("GET", "/adapters", params=params).body
             yield from page["data"]
             after = page["next"]
+
+
+def _address(url: str) -> tuple[str, httpx.BaseTransport | None]:
+    """Base URL and transport: unix:///path is a socket, an address without a scheme is HTTP."""
+    if url.startswith("unix:"):
+        path = url.removeprefix("unix:")
+        path = path.removeprefix("//") if path.startswith("///") else path
+        if not Path(path).is_socket():
+            raise click.ClickException(f"{url} can't be reached: there is no socket at {path}")
+        return "http://localhost", httpx.HTTPTransport(uds=path)
+    return (url if "://" in url else f"http://{url}"), None
 
 
 def path_of(name: str, *rest: str) -> str:
@@ -92,7 +134,7 @@ def _is_error(body: dict[str, Any]) -> bool:
 
 
 def on_server(
-    shown: Callable[[Answer], RenderableType], fails: Callable[[Answer], bool] = lambda _: False
+    shown: Callable[[Any], RenderableType], fails: Callable[[Any], bool] = lambda _: False
 ) -> Callable[[Callable[..., Answer]], Callable[..., None]]:
     """Make a command's callback of a function from a Server to an Answer.
 
@@ -107,7 +149,7 @@ def on_server(
             default=DEFAULT_URL,
             show_default=True,
             show_envvar=True,
-            help="The server.",
+            help="The server; a unix socket as unix:///path.",
         )
         @click.option("--key", envvar="TRUNKLINE_KEY", show_envvar=True, help="An API key.")
         @click.option("--json", "as_json", is_flag=True, help="Print the server's JSON.")

@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 
 from adapters.errors import TrunklineError
-from adapters.peft import PeftRefused, export_peft, import_peft
+from adapters.peft import export_peft, import_peft
+from adapters.peft_config import PeftRefused
 from model.checkpoint import BackboneError, read_backbone
 from server.cli.tables import count
 

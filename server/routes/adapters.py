@@ -1,42 +1,67 @@
-"""/adapters: upload, list, promote, load, pin, delete."""
+"""/adapters: upload, list, promote, download, delete."""
 
 import asyncio
 import re
 from dataclasses import asdict
-from typing import Any
 
 from fastapi import APIRouter, Depends
 from starlette.convertors import Convertor, register_url_convertor
 from starlette.requests import Request
 from starlette.responses import Response
 
-from adapters.library import Library, Upload
+from adapters.errors import VersionNotFound
+from adapters.library import Upload
+from adapters.listing import SORTS, Wanted
 from adapters.names import check_name
-from adapters.validate import Manifest
-from adapters.versions import Named, Version
-from server.answers import JSONAnswer, adapter_entry
+from server.adapter_answers import placed_version, summary, version_entry
+from server.answer_shapes.adapters import (
+    Adapter,
+    AdapterList,
+    MovedAlias,
+    NamedVersion,
+    Removed,
+    Uploaded,
+)
+from server.answers import JSONAnswer
+from server.arrivals import publish
 from server.bodies import read_json
+from server.conditions import condition_of, etag, not_modified
 from server.engine.errors import BadInput, Draining
 from server.guard import caller_of, check_adapter
-from server.routes.documented import BODY, IN_USE, READ, UPLOAD, errors, json_body, octet_body
+from server.query import Query
+from server.routes import adapter_documents as says
+from server.routes.documented import BODY, READ, UPLOAD, Responses, errors, json_body, ok
 from server.schemas import AliasRequest
 from server.state import state_of
+from server.stored_file import StoredFile
 from server.uploads import upload
 
-LOAD_TIMEOUT_S = 30.0
 # Of a route that takes a reference: name, name@3, name@alias, name@sha256:<hex>
 NAMED = ("adapter_not_found", "version_not_found", "adapter_damaged", "validation_error")
-REMOVE = (*READ, *NAMED, "read_only", "storage_full")
 MAX_PAGE = 1000
+MAX_Q, MAX_CURSOR = 200, 1000  # characters
+
+REMOVED = ok(Removed, says.REMOVED_EXAMPLE, says="It is gone.") | ok(
+    Removed, says.REMOVED_EXAMPLE | {"in_flight": 2}, status=202, says="Requests use it yet."
+)
+REMOVE = errors(*READ, *says.CONDITIONS, *NAMED, "read_only", "storage_full") | REMOVED
+CONDITIONAL = says.parameters(says.IF_MATCH, says.IF_NONE_MATCH)
 
 
-def _may_use(request: Request) -> None:
+def _read(answer: Responses, *headers: str) -> Responses:
+    """Of a conditional read."""
+    known = says.with_headers(says.NOT_MODIFIED, "ETag")
+    return says.with_headers(answer, "ETag", *headers) | known
+
+
+def may_use_adapter(request: Request) -> None:
+    """Raises RequestError where the key may not use the adapter in the path."""
     name = request.path_params.get("name")
     if name is not None:
         check_adapter(request, name)
 
 
-router = APIRouter(prefix="/adapters", tags=["adapters"], dependencies=[Depends(_may_use)])
+router = APIRouter(prefix="/adapters", tags=["adapters"], dependencies=[Depends(may_use_adapter)])
 
 
 class NameConvertor(Convertor[str]):
@@ -57,22 +82,30 @@ class NameConvertor(Convertor[str]):
 register_url_convertor("adapter", NameConvertor())
 
 
-@router.get("", responses=errors(*READ, "validation_error"))
+@router.get(
+    "",
+    responses=errors(*READ, "validation_error")
+    | ok(AdapterList, says.LIST_EXAMPLE, says="A page."),
+    openapi_extra=says.parameters(*says.LIST_PARAMETERS),
+)
 async def adapters(request: Request) -> Response:
-    """Adapters by name: `limit` of them (100) behind the name `after`; `next` is where to go on.
+    """A page of the adapters that the key may see. `next` is the `after` of the next page.
 
     `unusable` are the files of the adapter folder that could not be published at the start.
     """
     library = state_of(request).library
-    limit = _integer(request, "limit", 100)
-    if not 1 <= limit <= MAX_PAGE:
-        raise BadInput(f"limit must be 1 to {MAX_PAGE}")
-    after = request.query_params.get("after", "")
+    query = Query(request, "q", "sort", "order", "limit", "after")
     caller = caller_of(request)
-    patterns = (caller.key.adapters if caller else ()) or ("*",)
-    page = await asyncio.to_thread(library.registry.page, after, limit + 1, patterns)
-    data = [_summary(named, library) for named in page[:limit]]
-    following = page[limit - 1].name if len(page) > limit else None
+    wanted = Wanted(
+        query.choice("sort", SORTS),
+        query.choice("order", ("asc", "desc")) == "desc",
+        query.text("q", MAX_Q),
+        (caller.key.adapters if caller else ()) or ("*",),
+        query.integer("limit", 100, 1, MAX_PAGE),
+        query.text("after", MAX_CURSOR),
+    )
+    page, following = await asyncio.to_thread(library.page, wanted)
+    data = [summary(named, library) for named in page]
     own = [each for each in library.unusable if caller is None or caller.key.may_use(each.name)]
     unusable = [asdict(each) for each in own[:MAX_PAGE]]
     answer = {"object": "list", "data": data, "next": following, "unusable": unusable}
@@ -81,12 +114,14 @@ async def adapters(request: Request) -> Response:
 
 @router.put(
     "/{name:adapter}/aliases/{alias}",
-    responses=errors(*BODY, "adapter_not_found", "version_not_found", "version_conflict"),
-    openapi_extra=json_body(AliasRequest),
+    responses=errors(*BODY, *says.CONDITIONS, "adapter_not_found", "version_not_found")
+    | says.with_headers(ok(MovedAlias, says.ALIAS_EXAMPLE, says="It is moved."), "ETag"),
+    openapi_extra=json_body(AliasRequest, promote={"version": 1}) | CONDITIONAL,
 )
 async def put_alias(request: Request, name: str, alias: str) -> Response:
-    """Point an alias, or `current`, at a version; If-Match: the alias' generation, 0 if new."""
+    """Point an alias, or `current`, at a version. The ETag is the alias' generation, 0 if new."""
     state = state_of(request)
+    condition = condition_of(request)
     body = await read_json(request, AliasRequest, state.settings.max_body_bytes)
     check_name(name)
     pointer = await asyncio.to_thread(
@@ -94,136 +129,121 @@ async def put_alias(request: Request, name: str, alias: str) -> Response:
         name,
         alias,
         body.version,
-        _who(request),
-        _condition(request, "if-match"),
+        who(request),
+        condition,
     )
-    return JSONAnswer(
-        {
-            "name": name,
-            "alias": alias,
-            "version": pointer.number,
-            "previous": pointer.previous,
-            "generation": pointer.generation,
-        }
-    )
+    answer = {"name": name, "alias": alias, "version": pointer.number}
+    answer |= {"previous": pointer.previous, "generation": pointer.generation}
+    return JSONAnswer(answer, headers={"etag": etag(pointer.generation)})
 
 
-@router.post(
-    "/{name:adapter}/load",
-    responses=errors(*READ, *NAMED, "overloaded") | {202: {"description": "It still loads."}},
-)
-async def load(request: Request, name: str) -> Response:
-    """Bring it into the slots; 200 when it is there, 202 while that still goes on."""
-    library = state_of(request).library
-    version, done = await asyncio.to_thread(library.load, name, LOAD_TIMEOUT_S)
-    return JSONAnswer(_residency(version, library), 200 if done else 202)
-
-
-@router.post(
-    "/{name:adapter}/unload", responses=errors(*READ, *NAMED, "read_only", "storage_full") | IN_USE
-)
-async def unload(request: Request, name: str) -> Response:
-    """Take it out of the slots: 202 with in_flight while requests use it, 200 when it is gone."""
-    library = state_of(request).library
-    version, in_flight = await asyncio.to_thread(library.unload, name, _who(request))
-    answer = _residency(version, library) | {"in_flight": in_flight}
-    return JSONAnswer(answer, 202 if in_flight else 200)
-
-
-@router.post(
-    "/{name:adapter}/pin",
-    responses=errors(*READ, *NAMED, "overloaded", "read_only", "storage_full"),
-)
-async def pin(request: Request, name: str) -> Response:
-    """Load it and exempt it from eviction."""
-    library = state_of(request).library
-    version = await asyncio.to_thread(library.pin, name, _who(request))
-    return JSONAnswer(_residency(version, library))
-
-
-@router.post("/{name:adapter}/unpin", responses=errors(*READ, *NAMED, "read_only", "storage_full"))
-async def unpin(request: Request, name: str) -> Response:
-    """Let it be evicted again."""
-    library = state_of(request).library
-    version = await asyncio.to_thread(library.unpin, name, _who(request))
-    return JSONAnswer(_residency(version, library))
-
-
-@router.post(
-    "/{name:adapter}/verify", responses=errors(*READ, "adapter_not_found", "validation_error")
-)
-async def verify(request: Request, name: str) -> Response:
-    """Hash the stored files of all versions again."""
-    library = state_of(request).library
-    check_name(name)
-    named = await asyncio.to_thread(library.registry.named, name)
-    faults = {
-        str(version.number): await asyncio.to_thread(library.store.verify, version.digest)
-        for version in named.versions
-    }
-    return JSONAnswer({"name": name, "sound": not any(faults.values()), "versions": faults})
-
-
-@router.delete("/{name:adapter}/versions/{number}", responses=errors(*REMOVE) | IN_USE)
+@router.delete("/{name:adapter}/versions/{number}", responses=REMOVE, openapi_extra=CONDITIONAL)
 async def delete_version(request: Request, name: str, number: str) -> Response:
     """Unpublish one version at once; its memory and file are freed when the last request ends."""
-    if not re.fullmatch(r"[1-9][0-9]{0,8}", number):
-        raise BadInput("a version is a number from 1")
-    return await _delete(request, name, int(number))
+    return await _delete(request, name, _version_number(number))
+
+
+@router.get(
+    "/{name:adapter}/versions/{number}",
+    responses=errors(
+        *READ, *says.CONDITIONS, "adapter_not_found", "version_not_found", "validation_error"
+    )
+    | _read(ok(NamedVersion, says.VERSION_EXAMPLE, says="The version.")),
+    openapi_extra=CONDITIONAL,
+)
+async def get_version(request: Request, name: str, number: str) -> Response:
+    """One version: what it changes, and where it is now. A version never changes."""
+    library = state_of(request).library
+    check_name(name)
+    wanted, condition = _version_number(number), condition_of(request)
+    named = await asyncio.to_thread(library.registry.named, name)
+    version = next((each for each in named.versions if each.number == wanted), None)
+    if version is None:
+        raise VersionNotFound(f"{name} has no version {wanted}")
+    known = not_modified(condition, wanted)
+    if known is not None:
+        return known
+    answer = {"name": name} | placed_version(version, library)
+    return JSONAnswer(answer, headers={"etag": etag(wanted)})
+
+
+@router.get(
+    "/{name:adapter}/file",
+    responses=errors(*READ, *says.CONDITIONS, *NAMED, "overloaded")
+    | _read(says.FILE, "Content-Digest", "Repr-Digest", "Content-Disposition"),
+    openapi_extra=CONDITIONAL,
+)
+async def get_file(request: Request, name: str) -> Response:
+    """The stored bytes of a reference, for the scope admin: weights are their owner's property."""
+    library = state_of(request).library
+    condition = condition_of(request)
+    version = await asyncio.to_thread(library.version, name)
+    known = not_modified(condition, version.number)
+    if known is not None:
+        return known
+    return await asyncio.to_thread(StoredFile, library.store, version)
 
 
 @router.put(
     "/{name:adapter}",
-    responses=errors(*UPLOAD) | {201: {"description": "A new version."}},
-    openapi_extra=octet_body(),
+    responses=errors(*UPLOAD)
+    | says.with_headers(
+        ok(Uploaded, says.UPLOADED_EXAMPLE, says="These very bytes are the current version.")
+        | ok(Uploaded, says.UPLOADED_EXAMPLE, status=201, says="A new version."),
+        "ETag",
+        "Location",
+    ),
+    openapi_extra=says.upload_body() | says.parameters(*says.UPLOAD_PARAMETERS),
 )
 async def put(request: Request, name: str) -> Response:
-    """Upload a version. If-Match: the current version; If-None-Match: *; query activate,
-    allow_zero. 201: new; 200: these very bytes are the current version."""
+    """Upload a version: an adapter file, or a PEFT folder as zip, tar, tar.gz or multipart."""
     state = state_of(request)
     if state.draining:
         raise Draining("the server is stopping", retry_after_s=5)
+    query = Query(request, "activate", "allow_zero")
     wanted = Upload(
         name,
-        _who(request),
-        activate=_flag(request, "activate", True),
-        allow_zero=_flag(request, "allow_zero", False),
-        if_match=_condition(request, "if-match"),
-        must_be_new=_must_be_new(request),
+        who(request),
+        activate=query.flag("activate", True),
+        allow_zero=query.flag("allow_zero", False),
+        condition=condition_of(request),
     )
     await asyncio.to_thread(state.library.check_upload, wanted)
     settings = state.settings
     async with upload(
         request, state.library.store, settings.max_adapter_bytes, settings.receive_timeout_s
-    ) as incoming:
-        version, is_new = await asyncio.to_thread(state.library.publish, wanted, incoming)
-    answer = _version_entry(version) | {"name": name}
-    headers = {"etag": f'"{version.number}"', "location": f"/adapters/{name}"}
-    return JSONAnswer(answer, 201 if is_new else 200, headers)
+    ) as arrived:
+        published = await publish(state.library, wanted, arrived, settings.max_adapter_bytes)
+    answer = version_entry(published.version) | {"name": name}
+    answer |= {} if published.converted is None else {"converted": published.converted}
+    headers = {"etag": etag(published.version.number), "location": f"/adapters/{name}"}
+    return JSONAnswer(answer, 201 if published.is_new else 200, headers)
 
 
-@router.get("/{name:adapter}", responses=errors(*READ, "adapter_not_found", "validation_error"))
+@router.get(
+    "/{name:adapter}",
+    responses=errors(*READ, *says.CONDITIONS, "adapter_not_found", "validation_error")
+    | _read(ok(Adapter, says.ADAPTER_EXAMPLE, says="The adapter.")),
+    openapi_extra=CONDITIONAL,
+)
 async def get(request: Request, name: str) -> Response:
     """One adapter: its versions with what each changes, its pointers, and its audit trail."""
     library = state_of(request).library
     check_name(name)
+    condition = condition_of(request)
     named = await asyncio.to_thread(library.registry.named, name)
+    current = named.current.number if named.current else None
+    known = not_modified(condition, current)
+    if known is not None:
+        return known
     audit = await asyncio.to_thread(library.registry.audit, name)
-    versions = [
-        _version_entry(version)
-        | {
-            "resident": library.slots.is_resident(version.digest),
-            "pinned": library.slots.is_pinned(version.digest),
-            "in_flight": library.leases.of_digest(version.digest),
-        }
-        for version in named.versions
-    ]
-    headers = {"etag": f'"{named.current.number}"'} if named.current else {}
-    answer = _summary(named, library) | {"versions": versions, "audit": audit}
+    versions = [placed_version(version, library) for version in named.versions]
+    headers = {} if current is None else {"etag": etag(current)}
+    answer = summary(named, library) | {"versions": versions, "audit": audit}
     return JSONAnswer(answer, headers=headers)
 
 
-@router.delete("/{name:adapter}", responses=errors(*REMOVE) | IN_USE)
+@router.delete("/{name:adapter}", responses=REMOVE, openapi_extra=CONDITIONAL)
 async def delete(request: Request, name: str) -> Response:
     """Unpublish a name with all its versions at once: 202 while requests use it, else 200."""
     return await _delete(request, name, None)
@@ -232,77 +252,13 @@ async def delete(request: Request, name: str) -> Response:
 async def _delete(request: Request, name: str, number: int | None) -> Response:
     check_name(name)
     library = state_of(request).library
-    in_flight = await asyncio.to_thread(library.remove, name, number, _who(request))
+    condition = condition_of(request)
+    in_flight = await asyncio.to_thread(library.remove, name, number, who(request), condition)
     answer = {"name": name, "version": number, "in_flight": in_flight}
     return JSONAnswer(answer, 202 if in_flight else 200)
 
 
-def _summary(named: Named, library: Library) -> dict[str, Any]:
-    """One row of the list; digest, rank, bytes and created_at are the current version's."""
-    current = named.current or named.versions[-1]
-    usage = library.usage(named.name)
-    return {
-        "name": named.name,
-        "version": named.current.number if named.current else None,
-        "aliases": {
-            pointer.alias: {
-                "version": pointer.number,
-                "previous": pointer.previous,
-                "generation": pointer.generation,
-            }
-            for pointer in named.pointers
-        },
-        "versions": [version.number for version in named.versions],
-        "digest": current.digest,
-        "rank": current.manifest.rank,
-        "bytes": current.bytes,
-        "created_at": current.created_at,
-        "resident": library.slots.is_resident(current.digest),
-        "in_flight": library.leases.of_name(named.name),
-        "requests": usage.requests,
-        "last_used": usage.last_used,
-    }
-
-
-def _version_entry(version: Version) -> dict[str, Any]:
-    record = version.record
-    return {
-        "version": version.number,
-        "digest": version.digest,
-        "bytes": version.bytes,
-        "created_at": version.created_at,
-        "rank": version.manifest.rank,
-        "probe_delta": record.probe_delta,
-        "applied": _applied(version.manifest),
-        "labels": list(version.manifest.labels),
-        "metadata": dict(record.metadata),
-        "damaged": version.damaged,
-    }
-
-
-def _applied(manifest: Manifest) -> dict[str, Any]:
-    """What is changed, and where: the rank by layer and site, LayerNorms, heads."""
-    return {
-        "lora": {str(layer): sites for layer, sites in manifest.ranks.items()},
-        "norms": manifest.norms,
-        "critic": manifest.critic,
-        "calibration": manifest.calibration,
-        "classifier": bool(manifest.labels),
-        "sequence_head": manifest.sequence_head,
-        "cls_embedding": manifest.cls_embedding,
-    }
-
-
-def _residency(version: Version, library: Library) -> dict[str, Any]:
-    return {
-        **(adapter_entry(version) or {}),
-        "resident": library.slots.is_resident(version.digest),
-        "pinned": library.slots.is_pinned(version.digest),
-        "in_flight": library.leases.of_digest(version.digest),
-    }
-
-
-def _who(request: Request) -> str:
+def who(request: Request) -> str:
     """Of the audit trail: the key's name and id, or where the request is from."""
     caller = caller_of(request)
     if caller is not None:
@@ -310,32 +266,7 @@ def _who(request: Request) -> str:
     return request.client.host if request.client else "unknown"
 
 
-def _condition(request: Request, header: str) -> int | None:
-    value = request.headers.get(header)
-    if value is None:
-        return None
-    match = re.fullmatch(r'"?([0-9]{1,9})"?', value.strip())
-    if match is None:
-        raise BadInput(f"{header} must be one number in quotes")
-    return int(match[1])
-
-
-def _must_be_new(request: Request) -> bool:
-    value = request.headers.get("if-none-match")
-    if value not in (None, "*"):
-        raise BadInput("if-none-match must be *")
-    return value == "*"
-
-
-def _flag(request: Request, name: str, default: bool) -> bool:
-    value = request.query_params.get(name, str(default).lower())
-    if value not in ("true", "false"):
-        raise BadInput(f"{name} must be true or false")
-    return value == "true"
-
-
-def _integer(request: Request, name: str, default: int) -> int:
-    value = request.query_params.get(name, str(default))
-    if not re.fullmatch(r"[0-9]{1,9}", value):
-        raise BadInput(f"{name} must be a number")
-    return int(value)
+def _version_number(text: str) -> int:
+    if not re.fullmatch(r"[1-9][0-9]{0,8}", text):
+        raise BadInput("a version is a number from 1")
+    return int(text)

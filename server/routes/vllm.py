@@ -2,21 +2,28 @@
 
 import asyncio
 import os
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from adapters.conditions import MUST_BE_NEW, UNCONDITIONAL
+from adapters.errors import Conflict
 from adapters.library import Library, Upload
-from adapters.store import Incoming
-from adapters.versions import Version
+from adapters.peft import TENSOR_FILE, PeftFolder
+from adapters.peft_config import CONFIG_FILE, MAX_CONFIG_BYTES
+from server.answer_shapes.adapters import LoadedLora, UnloadedLora
 from server.answers import JSONAnswer, adapter_entry
+from server.arrivals import Published, publish_folder
 from server.bodies import read_json
 from server.engine.errors import BadInput, Draining
 from server.errors import RequestError
 from server.guard import check_adapter
-from server.routes.documented import BODY, IN_USE, UPLOAD, json_body, openai_errors
+from server.routes import adapter_documents as says
+from server.routes.documented import BODY, UPLOAD, json_body, ok, openai_errors
 from server.schemas import LoadLoraRequest, UnloadLoraRequest
 from server.state import state_of
 from server.uploads import WRITE_BYTES, too_large
@@ -26,27 +33,34 @@ router = APIRouter(prefix="/v1", tags=["adapters"])
 
 @router.post(
     "/load_lora_adapter",
-    responses=openai_errors(*BODY, *UPLOAD),
+    responses=openai_errors(*BODY, *UPLOAD)
+    | ok(LoadedLora, says.LOADED_EXAMPLE, says="It is served."),
     openapi_extra=json_body(LoadLoraRequest),
 )
 async def load_lora_adapter(request: Request) -> Response:
-    """Publish a file below the import root under a name; load_inplace takes a name that exists."""
+    """Publish an adapter file or a PEFT folder below the import root under a name.
+
+    A name that exists is refused with 400, as vLLM does, unless `load_inplace` is true.
+    """
     state = state_of(request)
     body = await read_json(request, LoadLoraRequest, state.settings.max_body_bytes)
     if state.draining:
         raise Draining("the server is stopping", retry_after_s=5)
     check_adapter(request, body.lora_name)
-    path = await asyncio.to_thread(_confined, body.lora_path, state.settings.import_root)
-    wanted = Upload(body.lora_name, "load_lora_adapter", must_be_new=not body.load_inplace)
-    version = await asyncio.to_thread(
-        _publish, state.library, wanted, path, state.settings.max_adapter_bytes
-    )
-    return JSONAnswer({"status": "success"} | (adapter_entry(version) or {}))
+    found = await asyncio.to_thread(_confined, body.lora_path, state.settings.import_root)
+    condition = UNCONDITIONAL if body.load_inplace else MUST_BE_NEW
+    wanted = Upload(body.lora_name, "load_lora_adapter", condition=condition)
+    published = await _publish(state.library, wanted, found, state.settings.max_adapter_bytes)
+    answer = {"status": "success"} | (adapter_entry(published.version) or {})
+    answer |= {} if published.converted is None else {"converted": published.converted}
+    return JSONAnswer(answer)
 
 
 @router.post(
     "/unload_lora_adapter",
-    responses=openai_errors(*BODY, "adapter_not_found", "read_only", "storage_full") | IN_USE,
+    responses=openai_errors(*BODY, "adapter_not_found", "read_only", "storage_full")
+    | ok(UnloadedLora, says.UNLOADED_EXAMPLE, says="It is gone.")
+    | ok(UnloadedLora, {"status": "success", "in_flight": 2}, status=202, says="In use yet."),
     openapi_extra=json_body(UnloadLoraRequest),
 )
 async def unload_lora_adapter(request: Request) -> Response:
@@ -60,8 +74,10 @@ async def unload_lora_adapter(request: Request) -> Response:
     return JSONAnswer({"status": "success", "in_flight": in_flight}, 202 if in_flight else 200)
 
 
-def _confined(lora_path: str, root: Path | None) -> Path:
+def _confined(lora_path: str, root: Path | None) -> Path | tuple[Path, Path]:
     """The file that lora_path means below the root, links followed; a folder's one file in it.
+
+    Of a PEFT folder its two files: the configuration and the tensors.
 
     Raises RequestError; what is outside is told from what is missing by no answer.
     """
@@ -70,14 +86,22 @@ def _confined(lora_path: str, root: Path | None) -> Path:
     if "\0" in lora_path:
         raise BadInput("lora_path has a NUL")
     path = _below(root, root / lora_path)
+    if os.path.isfile(path / CONFIG_FILE):
+        config, tensors = (_file(root, path / name) for name in (CONFIG_FILE, TENSOR_FILE))
+        return config, tensors
     if os.path.isdir(path):
         files = list(path.glob("*.safetensors"))
         if len(files) != 1:
             raise BadInput("a folder must have one safetensors file to be loaded")
-        path = _below(root, files[0])
-    if not os.path.isfile(path):
-        raise BadInput("lora_path is not a file below the import root")
-    return path
+        path = files[0]
+    return _file(root, path)
+
+
+def _file(root: Path, path: Path) -> Path:
+    found = _below(root, path)
+    if not os.path.isfile(found):
+        raise BadInput("lora_path is not a file below the import root, or a PEFT folder lacks one")
+    return found
 
 
 def _below(root: Path, path: Path) -> Path:
@@ -90,23 +114,52 @@ def _below(root: Path, path: Path) -> Path:
     return resolved
 
 
-def _publish(library: Library, wanted: Upload, path: Path, max_bytes: int) -> Version:
-    library.check_upload(wanted)
+async def _publish(
+    library: Library, wanted: Upload, found: Path | tuple[Path, Path], max_bytes: int
+) -> Published:
+    try:
+        await asyncio.to_thread(library.check_upload, wanted)
+        if isinstance(found, Path):
+            return await asyncio.to_thread(_publish_file, library, wanted, found, max_bytes)
+        read = partial(_read_folder, *found, max_bytes)
+        return await publish_folder(library, wanted, read, max_bytes)
+    except Conflict as error:  # no client sent a condition: load_inplace is what makes it one
+        raise BadInput(
+            f"the adapter {wanted.name} has already been loaded; set load_inplace to true to "
+            "load a new version of it"
+        ) from error
+
+
+def _read_folder(config: Path, tensors: Path, max_bytes: int) -> PeftFolder:
+    return PeftFolder(_read(config, MAX_CONFIG_BYTES), _read(tensors, max_bytes))
+
+
+def _publish_file(library: Library, wanted: Upload, path: Path, max_bytes: int) -> Published:
     incoming = library.store.incoming()
     try:
-        _copy(path, incoming, max_bytes)
-        version, _ = library.publish(wanted, incoming)
-        return version
+        for part in _parts(path, max_bytes):
+            incoming.write(part)
+        return Published(*library.publish(wanted, incoming))
     finally:
         incoming.discard()
 
 
-def _copy(path: Path, incoming: Incoming, max_bytes: int) -> None:
+def _read(path: Path, max_bytes: int) -> bytearray:
+    content = bytearray()
+    for part in _parts(path, max_bytes):
+        content += part
+    return content
+
+
+def _parts(path: Path, max_bytes: int) -> Iterator[bytes]:
+    """Raises RequestError beyond so many bytes, BadInput where the file can't be read."""
+    left = max_bytes
     try:
         with path.open("rb") as file:
             while part := file.read(WRITE_BYTES):
-                if incoming.bytes + len(part) > max_bytes:
+                left -= len(part)
+                if left < 0:
                     raise too_large(max_bytes)
-                incoming.write(part)
+                yield part
     except OSError as error:
         raise BadInput(f"lora_path can't be read: {error.strerror}") from error

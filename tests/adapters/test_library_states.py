@@ -23,6 +23,7 @@ from hypothesis.stateful import (
 )
 from registry_model import CURRENT, Name
 
+from adapters.conditions import UNCONDITIONAL, exactly
 from adapters.errors import (
     Conflict,
     Damaged,
@@ -134,10 +135,10 @@ class LibraryStates(RuleBasedStateMachine):
             self.put_matching(name, seed, number)
             return
         with pytest.raises(Conflict):
-            self.upload(name, adapter_file(seed), if_match=number)
+            self.upload(name, adapter_file(seed), condition=exactly(number))
 
     def put_matching(self, name: str, seed: int, number: int) -> None:
-        version, is_new = self.upload(name, adapter_file(seed), if_match=number)
+        version, is_new = self.upload(name, adapter_file(seed), condition=exactly(number))
         assert (version.number, is_new) == self.names[name].put(version.digest)
 
     @rule(name=NAMES, cut=st.integers(1, 100))
@@ -151,14 +152,15 @@ class LibraryStates(RuleBasedStateMachine):
         generation = known.generations.get(alias, 0)
         if_match = data.draw(st.sampled_from([None, generation, generation + 1]))
         point = self.library.registry.point
+        condition = UNCONDITIONAL if if_match is None else exactly(if_match)
         if number not in known.versions:
             with pytest.raises(NotFound):
-                point(name, alias, number, "test", if_match)
+                point(name, alias, number, "test", condition)
         elif if_match == generation + 1:
             with pytest.raises(Conflict):
-                point(name, alias, number, "test", if_match)
+                point(name, alias, number, "test", condition)
         else:
-            pointer = point(name, alias, number, "test", if_match)
+            pointer = point(name, alias, number, "test", condition)
             known.point(alias, number)
             assert pointer.generation == known.generations[alias]
 

@@ -61,7 +61,11 @@ def test_a_bad_name_is_refused_by_every_route(adapters: Adapters, name: str) -> 
     with adapters.unchanged():
         requests = [
             head("PUT", f"/adapters/{name}", octets, len(file)) + file,
-            head("GET", f"/adapters/{name}", octets, 0),
+            *(
+                head("GET", f"/adapters/{name}{rest}", octets, 0)
+                for rest in ("", "/file", "/versions/1")
+                if f"{name}{rest}" != "ns/file"  # the file of ns
+            ),
             head("DELETE", f"/adapters/{name}", octets, 0),
             head("DELETE", f"/adapters/{name}/versions/1", octets, 0),
             head("PUT", f"/adapters/{name}/aliases/stable", json, len(alias)) + alias,

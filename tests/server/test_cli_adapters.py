@@ -93,10 +93,10 @@ def test_push_has_a_progress_bar_on_a_terminal_only(shell: Shell, files: Path) -
 
 def test_push_conditions_hold(shell: Shell, files: Path, server: Served, poems: str) -> None:
     one = files / "one.safetensors"
-    assert "at version 3, not 2 (version_conflict)" in shell.error(
-        "push", one, poems, "--if-match", 2
+    assert "is at 3 (version_conflict)" in shell.error("push", one, poems, "--if-match", 2)
+    assert "exists already, and is at 3 (version_conflict)" in shell.error(
+        "push", one, poems, "--new"
     )
-    assert "exists already (version_conflict)" in shell.error("push", one, poems, "--new")
     shell.shown("push", one, poems, "--no-activate")
     assert numbers(server, poems) == [1, 2, 3, 4]
     assert current(server, poems) == 3

@@ -80,7 +80,7 @@ def test_an_absolute_path_below_the_root_is_as_good(adapters: Adapters, root: Pa
 def test_a_taken_name_needs_load_inplace(adapters: Adapters) -> None:
     first = load(adapters, "inplace", "good.safetensors").json()
     with adapters.unchanged():
-        assert_refused(load(adapters, "inplace", "folder"), 412, "version_conflict")
+        assert_refused(load(adapters, "inplace", "folder"), 400, "validation_error")
     second = load(adapters, "inplace", "folder", load_inplace=True).json()
     assert (first["version"], second["version"]) == (1, 2)
     again = load(adapters, "inplace", "folder", load_inplace=True)
