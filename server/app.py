@@ -34,7 +34,7 @@ from server.keys import KeyRing
 from server.metrics import Metrics
 from server.middleware import RequestContext
 from server.routes import adapters, critic, diff, encode, openai, ops, tokens, vllm
-from server.routes.document import completed, operation_id
+from server.routes.document import completed
 from server.settings import BadSettings, Settings, default_data_dir
 from server.shed import Shed
 from server.state import ServerState
@@ -83,7 +83,7 @@ def create_app(settings: Settings) -> FastAPI:
     keys = settings.keys or (settings.data_dir or default_data_dir()) / "keys.json"
     app.state.keys = KeyRing(keys)
     for routes in ROUTES:
-        app.include_router(routes.router, generate_unique_id_function=operation_id)
+        app.include_router(routes.router)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     app.add_exception_handler(TrunklineError, _refused)
     app.add_exception_handler(HTTPException, _refused_by_router)

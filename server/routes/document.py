@@ -4,12 +4,11 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from fastapi.routing import APIRoute
 from pydantic.json_schema import models_json_schema
 
 from adapters.names import ALIAS_PATTERN, NAME_PATTERN
 from server.guard import PUBLIC, needed
-from server.routes.documented import COMPONENTS, ERROR_SHAPES, public_errors
+from server.routes.documented import COMPONENTS, ERROR_SHAPES, NULL, STORED, public_errors
 
 Json = dict[str, Any]
 
@@ -23,6 +22,8 @@ Every example succeeds as it stands on the demo trunk, which `trunkline serve` s
 TAGS = {
     "inference": "Embeddings, critic values, labels, masked tokens.",
     "openai": "OpenAI's shapes, for its clients.",
+    "rerank": "Documents by their nearness to a query, in Cohere's, Jina's and vLLM's shapes.",
+    "text-embeddings-inference": "The shapes of text-embeddings-inference, for its clients.",
     "tokenizer": "Texts to tokens and back.",
     "adapters": "Upload, list, promote, load, delete.",
     "operations": "Health, readiness, metrics, and what is served.",
@@ -32,6 +33,7 @@ PATH_PARAMETERS = {
     "name": (NAME_PATTERN, "verses", "An adapter's name: `name` or `namespace/name`."),
     "alias": (ALIAS_PATTERN, "stable", "An alias of the adapter, or `current`."),
     "number": (r"^[1-9][0-9]{0,8}$", "1", "The number of a version."),
+    "model": (None, "verses", "An adapter reference, or the backbone's id."),
 }
 OWN_EXAMPLE = "my-adapter"  # a name that the examples of uploading and deleting use
 REQUEST_ID = {
@@ -56,17 +58,6 @@ SCHEMES = {
 }
 
 
-def operation_id(route: APIRoute) -> str:
-    """The function's name; a bare verb gets the noun of its tag (put_adapter), a bare noun list_.
-
-    A generated client names its methods after it.
-    """
-    tag = str(route.tags[0]) if route.tags else ""
-    if route.name == tag:
-        return f"list_{tag}"
-    return f"{route.name}_{tag.removesuffix('s')}" if route.name in VERBS else route.name
-
-
 def completed(document: Json) -> Json:
     """FastAPI's document with what is the same for all routes, and every schema under a name."""
     document["info"] |= {
@@ -80,9 +71,12 @@ def completed(document: Json) -> Json:
     components["headers"] = {name: _header(text) for name, (_, text) in HEADERS.items()}
     schemas = components.setdefault("schemas", {})
     schemas |= _error_schemas()
+    _name_operations(document)
     for method, path, operation in operations(document):
         _complete(method, path, operation)
-        _name_body(operation, schemas)
+        for content in _contents(operation):
+            _name_schemas(content, schemas)
+    document["paths"] = _with_nulls(document["paths"])
     components["schemas"] = dict(sorted(schemas.items()))
     used = {tag for _, _, operation in operations(document) for tag in operation.get("tags", ())}
     document["tags"] = [{"name": n, "description": TAGS[n]} for n in TAGS if n in used]
@@ -95,6 +89,30 @@ def operations(document: Json) -> Iterator[tuple[str, str, Json]]:
         for method in METHODS:
             if method in item:
                 yield method, path, item[method]
+
+
+def _name_operations(document: Json) -> None:
+    """Operation ids that make good method names; no two are the same."""
+    taken: set[str] = set()
+    for method, path, operation in operations(document):
+        name = _method_name(path, operation)
+        if name in taken:  # one function, several paths: rerank, and rerank_v2 of /v2/rerank
+            name = f"{name}_{path.split('/')[1]}" if method != "head" else f"head_{name}"
+        taken.add(name)
+        operation["operationId"] = name
+
+
+def _method_name(path: str, operation: Json) -> str:
+    """The function's name; a bare verb gets the noun of its tag (put_adapter), a bare noun list_.
+
+    FastAPI's own id is the function's name, the path and a method; any other id was chosen.
+    """
+    flat = re.sub(r"\W", "_", path)
+    name = re.sub(f"{flat}_({'|'.join(METHODS)})$", "", operation["operationId"])
+    tag = operation.get("tags", [""])[0]
+    if name == tag and "get" in operation["operationId"]:
+        return f"list_{name}"
+    return f"{name}_{tag.removesuffix('s')}" if name in VERBS else name
 
 
 def _itself() -> Json:
@@ -119,9 +137,11 @@ def _error_schemas() -> Json:
 
 def _complete(method: str, path: str, operation: Json) -> None:
     operation |= _texts(method, path, operation.get("description", ""))
-    if path not in PUBLIC:
+    if not _is_public(method, path):
         # {}: on a server without keys none
         operation["security"] = [*({scheme: []} for scheme in SCHEMES), {}]
+    if _uploaded(operation):
+        _uploaded(operation).setdefault("examples", STORED)
     entries = operation.setdefault("parameters", [])
     for entry in entries:
         _complete_path_parameter(method, entry, operation)
@@ -130,12 +150,16 @@ def _complete(method: str, path: str, operation: Json) -> None:
         _add_headers(int(status), response)
 
 
+def _is_public(method: str, path: str) -> bool:
+    return path in PUBLIC and method in ("get", "head")
+
+
 def _texts(method: str, path: str, docstring: str) -> dict[str, str]:
     """The docstring's first sentence as the summary, all of it with the scope as description."""
     text = " ".join(docstring.split())
     first = re.split(r"(?<=[.:;]) ", text, maxsplit=1)[0].rstrip(".:;")
     scopes = " or ".join(f"`{scope}`" for scope in sorted(needed(method.upper(), path)))
-    if path not in PUBLIC:
+    if not _is_public(method, path):
         text += f"\n\nWhere keys are configured, the key needs the scope {scopes}."
     return {"summary": first, "description": text.strip()}
 
@@ -145,11 +169,17 @@ def _complete_path_parameter(method: str, entry: Json, operation: Json) -> None:
     if entry["in"] != "path" or known is None:
         return
     pattern, example, description = known
-    entry["schema"].setdefault("pattern", pattern)
+    if pattern:
+        entry["schema"].setdefault("pattern", pattern)
     entry.setdefault("description", description)
-    uploads = "application/octet-stream" in operation.get("requestBody", {}).get("content", {})
-    own = entry["name"] == "name" and (method == "delete" or uploads)
+    own = entry["name"] == "name" and (method == "delete" or _uploaded(operation))
     entry.setdefault("example", OWN_EXAMPLE if own else example)
+
+
+def _uploaded(operation: Json) -> Json:
+    """What is said of a body of bytes; empty where the operation takes none."""
+    content: Json = operation.get("requestBody", {}).get("content", {})
+    return content.get("application/octet-stream") or {}
 
 
 def _add_headers(status: int, response: Json) -> None:
@@ -163,16 +193,31 @@ def _add_headers(status: int, response: Json) -> None:
         headers[HEADERS[name][0]] = {"$ref": f"#/components/headers/{name}"}
 
 
-def _name_body(operation: Json, schemas: Json) -> None:
-    """The body's schema goes to the components, under its title, with those that it refers to."""
-    for media in operation.get("requestBody", {}).get("content", {}).values():
+def _contents(operation: Json) -> Iterator[Json]:
+    """By content type: the body, and each answer."""
+    for entry in (operation.get("requestBody", {}), *operation["responses"].values()):
+        yield entry.get("content", {})
+
+
+def _name_schemas(content: Json, schemas: Json) -> None:
+    """An object's schema goes to the components, under its title, with those that it refers to."""
+    for media in content.values():
         schema = media.get("schema", {})
-        if "properties" not in schema:
+        if "properties" not in schema or "title" not in schema:
             continue
-        for name, inner in schema.pop("$defs", {}).items():
-            _add(name, inner, schemas)
-        _add(schema["title"], schema, schemas)
+        inner = schema.pop("$defs", {}) | {schema["title"]: schema}
+        for name, shape in inner.items():
+            _add(name, shape, schemas)
         media["schema"] = {"$ref": COMPONENTS.format(model=schema["title"])}
+
+
+def _with_nulls(value: Any) -> Any:
+    """The nulls of examples, which FastAPI would have left out."""
+    if isinstance(value, dict):
+        return {key: _with_nulls(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_with_nulls(each) for each in value]
+    return None if value == NULL else value
 
 
 def _add(name: str, schema: Json, schemas: Json) -> None:

@@ -62,6 +62,9 @@ Parameter = dict[str, Any]
 COMPONENTS = "#/components/schemas/{model}"
 CODES = "x-codes"
 BYTES = {"type": "string", "format": "binary"}
+NULL = "\0null"  # in examples: FastAPI leaves nulls out of its document
+# Where the server has bytes that may be uploaded as they are
+STORED = {"stored": {"externalValue": "adapters/verses/file"}}
 ERROR_SHAPES = (Error, OpenAIError)  # what error answers refer to
 
 
@@ -119,7 +122,7 @@ def ok(
     """
     content: dict[str, Any] = {kind: {"schema": shape} for kind, shape in (also or {}).items()}
     if example is not None:
-        content["application/json"] = {"example": example}
+        content["application/json"] = {"example": _kept(example)}
     entry: dict[str, Any] = {"model": schema, "description": says}
     if content:
         entry["content"] = content
@@ -140,15 +143,24 @@ def json_body(schema: type[BaseModel], **examples: Any) -> dict[str, Any]:
     shape = schema.model_json_schema(ref_template=COMPONENTS)  # the document names it
     body: dict[str, Any] = {"schema": shape}
     if examples:
-        body["examples"] = {name: {"value": value} for name, value in examples.items()}
+        body["examples"] = {name: {"value": _kept(value)} for name, value in examples.items()}
     content = {"application/json": body}
     return {"requestBody": {"required": True, "content": content}}
 
 
-def octet_body(example: str = "adapters/verses/file") -> dict[str, Any]:
-    """The same for a body of bytes; `example` is where the server has some that succeed."""
-    body = {"schema": BYTES, "examples": {"stored": {"externalValue": example}}}
-    return {"requestBody": {"required": True, "content": {"application/octet-stream": body}}}
+def _kept(example: Any) -> Any:
+    """The example with NULL in place of None."""
+    if isinstance(example, dict):
+        return {key: _kept(value) for key, value in example.items()}
+    if isinstance(example, list | tuple):
+        return [_kept(value) for value in example]
+    return NULL if example is None else example
+
+
+def octet_body() -> dict[str, Any]:
+    """The same for a body of bytes; the document says where the server has some that succeed."""
+    content = {"application/octet-stream": {"schema": BYTES}}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 def parameters(*entries: dict[str, Any]) -> dict[str, Any]:
