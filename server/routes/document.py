@@ -8,7 +8,7 @@ from pydantic.json_schema import models_json_schema
 
 from adapters.names import ALIAS_PATTERN, NAME_PATTERN
 from server.guard import PUBLIC, needed
-from server.routes.documented import COMPONENTS, ERROR_SHAPES, NULL, STORED, public_errors
+from server.routes.documented import BYTES, COMPONENTS, ERROR_SHAPES, NULL, STORED, public_errors
 
 Json = dict[str, Any]
 
@@ -142,6 +142,7 @@ def _complete(method: str, path: str, operation: Json) -> None:
         operation["security"] = [*({scheme: []} for scheme in SCHEMES), {}]
     if _uploaded(operation):
         _uploaded(operation).setdefault("examples", STORED)
+        _keep_one_kind_of_bytes(operation["requestBody"])
     entries = operation.setdefault("parameters", [])
     for entry in entries:
         _complete_path_parameter(method, entry, operation)
@@ -180,6 +181,23 @@ def _uploaded(operation: Json) -> Json:
     """What is said of a body of bytes; empty where the operation takes none."""
     content: Json = operation.get("requestBody", {}).get("content", {})
     return content.get("application/octet-stream") or {}
+
+
+def _keep_one_kind_of_bytes(body: Json) -> None:
+    """Content types of raw bytes beside octet-stream are named in the description alone.
+
+    Generated clients can't choose among them: they refuse, or send the last one's name.
+    """
+    content = body["content"]
+    others = [
+        kind
+        for kind, media in content.items()
+        if media.get("schema") == BYTES and kind != "application/octet-stream"
+    ]
+    for kind in others:
+        del content[kind]
+    if others:
+        body.setdefault("description", f"Taken too: {', '.join(others)}.")
 
 
 def _add_headers(status: int, response: Json) -> None:

@@ -75,7 +75,7 @@ def test_every_operation_says_what_it_is_and_types_every_answer(
             *errors_left_out(path, method, operation),
         )
     ]
-    assert faults == []
+    assert not faults, "\n".join(faults)
 
 
 def untyped(operation: dict[str, Any]) -> Iterator[str]:
@@ -135,7 +135,7 @@ def test_the_examples_are_what_the_schemas_say(
                 key = f"{method} {path} {kind} {id(media)}"
                 found = stated.faults(media["schema"], example, key)
                 faults += [f"{method} {path} {kind} {number}: {fault}" for fault in found]
-    assert faults == []
+    assert not faults, "\n".join(faults)
 
 
 def contents(operation: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -157,7 +157,7 @@ def test_every_example_of_the_document_succeeds_on_the_demo(
                     failed.append(
                         f"{method} {answer.url}: {answer.status_code} {answer.text[:200]}"
                     )
-    assert failed == []
+    assert not failed, "\n".join(failed)
 
 
 def turn(operation: Operation) -> tuple[int, int]:
