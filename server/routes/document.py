@@ -75,6 +75,7 @@ def completed(document: Json) -> Json:
     for method, path, operation in operations(document):
         _complete(method, path, operation)
         for content in _contents(operation):
+            _drop_untyped_json(content)
             _name_schemas(content, schemas)
     document["paths"] = _with_nulls(document["paths"])
     components["schemas"] = dict(sorted(schemas.items()))
@@ -215,6 +216,12 @@ def _contents(operation: Json) -> Iterator[Json]:
     """By content type: the body, and each answer."""
     for entry in (operation.get("requestBody", {}), *operation["responses"].values()):
         yield entry.get("content", {})
+
+
+def _drop_untyped_json(content: Json) -> None:
+    """Without the JSON of any shape that FastAPI adds to answers of another content type."""
+    if len(content) > 1 and content.get("application/json") == {"schema": {}}:
+        del content["application/json"]
 
 
 def _name_schemas(content: Json, schemas: Json) -> None:

@@ -1,12 +1,19 @@
-"""The OpenAPI document: valid, complete, and every example in it succeeds on the demo."""
+"""The OpenAPI document is valid, complete, and its examples succeed, also on its page in a browser.
+
+The demo trunk answers them, on a server with keys.
+"""
 
 import keyword
+import os
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from conftest import document_of
+from conftest import Served, document_of
+from docs_page import browser_path, docs_page
 from openapi_spec_validator import validate
 from stated import Document
 
@@ -20,6 +27,8 @@ OF_KEYS = {"401", "403", "429"}
 DESTRUCTIVE = {("delete", "/adapters/{name}"), ("delete", "/adapters/{name}/versions/{number}")}
 UPLOAD = ("put", "/adapters/{name}")
 LORA = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+
+SCREENSHOT = os.environ.get("SCREENSHOT")  # where a picture of the page is to be put
 
 Operation = tuple[str, str, dict[str, Any]]
 
@@ -208,3 +217,38 @@ def test_binary_answers_of_an_example_are_as_the_document_says(
             if kind == "application/octet-stream":
                 assert "x-trunkline-metadata" in answer.headers
                 assert "x-trunkline-metadata" in encode["responses"]["200"]["headers"]
+
+
+def test_a_browser_tries_every_inference_route_on_the_page_with_a_key(
+    keyed_demo: Any, operations: list[Operation], tmp_path: Path
+) -> None:
+    browser = browser_path()
+    if browser is None:
+        pytest.skip("no Chromium is installed: apt-get install chromium")
+    url = keyed_demo.served.url
+    tried = [each["operationId"] for _, _, each in operations if each["tags"] == ["inference"]]
+    assert {"encode", "critic", "classify"} <= set(tried)
+    with docs_page(browser, tmp_path / "profile") as page:
+        page.open(f"{url}/")  # which leads to /docs
+        assert page.page.url == f"{url}/docs"
+        page.authorize(keyed_demo.key)
+        for operation_id in tried:
+            status, body = page.try_out("inference", operation_id)
+            assert status == 200, f"{operation_id}: {status} {body}"
+            assert '"object": "list"' in body
+        if SCREENSHOT:
+            page.page.screenshot(path=SCREENSHOT, full_page=True)
+        assert page.complaints == []
+        assert [each for each in page.requested if not each.startswith((url, "data:"))] == []
+
+
+def test_the_page_of_the_api_loads_nothing_from_elsewhere(tiny_server: Served) -> None:
+    with tiny_server.client() as client:
+        page = client.get("/docs").text
+        sources = re.findall(r'(?:src|href)="([^"]+)"', page)
+        assert any(source.endswith(".js") for source in sources)
+        assert any(source.endswith(".css") for source in sources)
+        for source in sources:
+            assert source.startswith("/"), source
+            assert client.get(source).status_code == 200
+        assert client.get("/redoc").status_code == 404
