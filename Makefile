@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup serve test lint format check crash soak bench loadtest overload fuzz restarts attack audit docs image-test deploy-test demo demo-setup demo-data demo-train demo-evaluate
+.PHONY: setup serve test lint format check crash soak bench loadtest overload fuzz restarts attack audit docs-page docs image-test deploy-test demo demo-setup demo-data demo-train demo-evaluate
 
 setup: $(STAMP)
 
@@ -54,6 +54,9 @@ restarts: setup ## 100 rolling restarts of two servers behind a balancer, under 
 
 attack: setup ## every bad input for seconds each, with the latency of /health beside it: attack.md
 	ATTACK_S=2 ATTACK_REPORT=attack.md $(BIN)/python -m pytest -s tests/server/test_under_attack.py
+
+docs-page: setup ## /docs in a real browser, every inference route tried with a key; needs chromium
+	PAGE_ROUTES=all SCREENSHOT=docs-page.png $(BIN)/python -m pytest -v tests/server/test_openapi.py -k browser
 
 audit: setup ## known vulnerabilities in the pinned packages; needs the internet
 	$(BIN)/python -m pip install --quiet pip-audit
