@@ -31,7 +31,7 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             self.keys.refresh()
-            if self.keys.configured and not is_public(scope["path"]):
+            if self.keys.configured and not is_public(scope["method"], scope["path"]):
                 error = self._refusal(scope)
                 if error is not None:
                     await _refuse(error, scope, receive, send)
@@ -53,9 +53,9 @@ class Guard:
         return None
 
 
-def is_public(path: str) -> bool:
+def is_public(method: str, path: str) -> bool:
     """Whether it is answered without a key, where keys are configured."""
-    return path in PUBLIC or path.startswith(PAGE_FILES)
+    return method != "POST" and (path in PUBLIC or path.startswith(PAGE_FILES))
 
 
 def may_ask(caller: Caller, method: str, path: str) -> bool:

@@ -63,8 +63,10 @@ COMPONENTS = "#/components/schemas/{model}"
 CODES = "x-codes"
 BYTES = {"type": "string", "format": "binary"}
 NULL = "\0null"  # in examples: FastAPI leaves nulls out of its document
-# Where the server has bytes that may be uploaded as they are
-STORED = {"stored": {"externalValue": "adapters/verses/file"}}
+# Where the server has bytes that may be uploaded as they are. Not `externalValue`: generators of
+# clients would look for that file beside the document.
+STORED_AT = "x-stored-at"
+STORED = {"stored": {"summary": "An adapter file.", STORED_AT: "/adapters/verses/file"}}
 ERROR_SHAPES = (Error, OpenAIError)  # what error answers refer to
 
 

@@ -18,6 +18,7 @@ from openapi_spec_validator import validate
 from stated import Document
 
 from server.guard import PUBLIC
+from server.routes.documented import STORED_AT
 
 # Paths of which not everything is stated yet, though it should be.
 NOT_YET = ("/adapters", "/v1")
@@ -201,7 +202,7 @@ def body_of(client: httpx.Client, example: dict[str, Any]) -> dict[str, Any]:
     """The example itself, or the bytes that the server has at the place that it names."""
     if "value" in example:
         return {"json": example["value"]}
-    return {"content": client.get(f"/{example['externalValue']}").raise_for_status().content}
+    return {"content": client.get(example[STORED_AT]).raise_for_status().content}
 
 
 def test_binary_answers_of_an_example_are_as_the_document_says(
