@@ -6,6 +6,7 @@ from pydantic import BaseModel, Field
 
 from adapters.slots import PoolStats
 from model.config import GPTConfig
+from server.answer_shapes.tei_info import TeiInfo
 
 
 class Health(BaseModel):
@@ -49,7 +50,7 @@ class Limits(BaseModel):
     block_size: int = Field(description="Tokens of a row.")
 
 
-class Info(BaseModel):
+class Info(TeiInfo):
     """What is served, and how."""
 
     version: str = Field(description="The server's version.")

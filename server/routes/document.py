@@ -8,7 +8,15 @@ from pydantic.json_schema import models_json_schema
 
 from adapters.names import ALIAS_PATTERN, NAME_PATTERN
 from server.guard import PUBLIC, needed
-from server.routes.documented import BYTES, COMPONENTS, ERROR_SHAPES, NULL, STORED, public_errors
+from server.routes.documented import (
+    BYTES,
+    CODES,
+    COMPONENTS,
+    ERROR_SHAPES,
+    NULL,
+    STORED,
+    public_errors,
+)
 
 Json = dict[str, Any]
 
@@ -78,6 +86,8 @@ def completed(document: Json) -> Json:
             _drop_untyped_json(content)
             _name_schemas(content, schemas)
     document["paths"] = _with_nulls(document["paths"])
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)
     components["schemas"] = dict(sorted(schemas.items()))
     used = {tag for _, _, operation in operations(document) for tag in operation.get("tags", ())}
     document["tags"] = [{"name": n, "description": TAGS[n]} for n in TAGS if n in used]
@@ -148,6 +158,8 @@ def _complete(method: str, path: str, operation: Json) -> None:
     for entry in entries:
         _complete_path_parameter(method, entry, operation)
     entries.append({"$ref": "#/components/parameters/RequestId"})
+    if CODES not in operation["responses"].get("422", {CODES: ()}):
+        del operation["responses"]["422"]  # FastAPI's own; the handlers check their parameters
     for status, response in operation["responses"].items():
         _add_headers(int(status), response)
 
