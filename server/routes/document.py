@@ -88,7 +88,7 @@ def completed(document: Json) -> Json:
     document["paths"] = _with_nulls(document["paths"])
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
-    components["schemas"] = dict(sorted(schemas.items()))
+    components["schemas"] = _one_spelling(dict(sorted(schemas.items())))
     used = {tag for _, _, operation in operations(document) for tag in operation.get("tags", ())}
     document["tags"] = [{"name": n, "description": TAGS[n]} for n in TAGS if n in used]
     return document
@@ -246,6 +246,19 @@ def _name_schemas(content: Json, schemas: Json) -> None:
         for name, shape in inner.items():
             _add(name, shape, schemas)
         media["schema"] = {"$ref": COMPONENTS.format(model=schema["title"])}
+
+
+def _one_spelling(value: Any) -> Any:
+    """Of members of an enum that differ in case alone the first: generators make one name of them."""
+    if isinstance(value, list):
+        return [_one_spelling(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    spelt = {key: _one_spelling(each) for key, each in value.items()}
+    if isinstance(spelt.get("enum"), list):
+        first = {str(member).lower(): member for member in reversed(spelt["enum"])}
+        spelt["enum"] = [member for member in spelt["enum"] if member in first.values()]
+    return spelt
 
 
 def _with_nulls(value: Any) -> Any:
