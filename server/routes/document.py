@@ -88,7 +88,10 @@ def completed(document: Json) -> Json:
     document["paths"] = _with_nulls(document["paths"])
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
-    components["schemas"] = _one_spelling(dict(sorted(schemas.items())))
+    nameless = {name: shape for name, shape in schemas.items() if not _is_named(shape)}
+    kept = {name: shape for name, shape in sorted(schemas.items()) if name not in nameless}
+    components["schemas"] = _one_spelling(_inlined(kept, nameless))
+    document["paths"] = _inlined(document["paths"], nameless)
     used = {tag for _, _, operation in operations(document) for tag in operation.get("tags", ())}
     document["tags"] = [{"name": n, "description": TAGS[n]} for n in TAGS if n in used]
     return document
@@ -248,8 +251,25 @@ def _name_schemas(content: Json, schemas: Json) -> None:
         media["schema"] = {"$ref": COMPONENTS.format(model=schema["title"])}
 
 
+def _is_named(shape: Json) -> bool:
+    """Whether generators make a class of it: not of lists, and not of unions."""
+    return "properties" in shape or "enum" in shape or shape.get("type") == "object"
+
+
+def _inlined(value: Any, nameless: Json) -> Any:
+    """The schemas of `nameless` in place of references to them; none refers to itself."""
+    if isinstance(value, list):
+        return [_inlined(each, nameless) for each in value]
+    if not isinstance(value, dict):
+        return value
+    name = str(value.get("$ref", "")).rpartition("/")[2]
+    if name in nameless:
+        return _inlined(nameless[name], nameless)
+    return {key: _inlined(each, nameless) for key, each in value.items()}
+
+
 def _one_spelling(value: Any) -> Any:
-    """Of members of an enum that differ in case alone the first: generators make one name of them."""
+    """Of members of an enum that differ in case alone the first: generators name them alike."""
     if isinstance(value, list):
         return [_one_spelling(each) for each in value]
     if not isinstance(value, dict):
