@@ -280,7 +280,11 @@ def _one_spelling(value: Any) -> Any:
         spelt["enum"] = [member for member in spelt["enum"] if member in first.values()]
     members = [each for one in (spelt, *spelt.get("anyOf", ())) for each in one.get("enum", ())]
     alike = (each for each in members if str(each).lower() == str(spelt.get("default")).lower())
-    return spelt | {"default": next(alike)} if members and "default" in spelt else spelt
+    return (
+        spelt | {"default": next(alike, spelt["default"])}
+        if members and "default" in spelt
+        else spelt
+    )
 
 
 def _with_nulls(value: Any) -> Any:
