@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup serve test lint format check crash soak bench loadtest overload fuzz restarts attack clients audit docs image-test deploy-test demo demo-setup demo-data demo-train demo-evaluate
+.PHONY: setup serve test lint format check crash soak bench loadtest overload fuzz restarts attack clients audit docs-page docs image-test deploy-test demo demo-setup demo-data demo-train demo-evaluate
 
 setup: $(STAMP)
 
@@ -62,6 +62,9 @@ clients: setup ## every client of docs/clients.md, each in an environment of its
 	CLIENTS=$(CLIENTS) $(BIN)/python -m pytest -s tests/clients $(ARGS)
 	du -sh $(CLIENTS)
 	PYTHONPATH=tests $(BIN)/python -m clients.page $(CLIENTS)/table.md $(WRITE)
+
+docs-page: setup ## /docs in a real browser, every inference route tried with a key; needs chromium
+	PAGE_ROUTES=all SCREENSHOT=docs-page.png $(BIN)/python -m pytest -v tests/server/test_openapi.py -k browser
 
 audit: setup ## known vulnerabilities in the pinned packages; needs the internet
 	$(BIN)/python -m pip install --quiet pip-audit

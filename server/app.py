@@ -35,7 +35,7 @@ from server.keys import KeyRing
 from server.metrics import Metrics
 from server.middleware import RequestContext
 from server.routes import adapters, critic, diff, encode, openai, ops, residency, tokens, vllm
-from server.routes.documented import completed
+from server.routes.document import completed
 from server.settings import BadSettings, Settings, default_data_dir
 from server.shed import Shed
 from server.state import ServerState

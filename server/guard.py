@@ -12,6 +12,7 @@ from server.errors import RequestError, error_answer
 from server.keys import Caller, KeyRing
 
 PUBLIC = {"/", "/health", "/ready", "/docs", "/openapi.json"}
+PAGE_FILES = "/static-offline-docs/"  # scripts and styles of /docs: a browser asks without a key
 INFER, READ, ADMIN = ({"infer"}, {"infer", "admin"}, {"admin"})
 # Method and path -> the scopes of which one is needed; what matches nothing is an admin's.
 RULES = [
@@ -34,7 +35,7 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             self.keys.refresh()
-            if self.keys.configured and scope["path"] not in PUBLIC:
+            if self.keys.configured and not is_public(scope["method"], scope["path"]):
                 error = self._refusal(scope)
                 if error is not None:
                     await _refuse(error, scope, receive, send)
@@ -54,6 +55,11 @@ class Guard:
             return RequestError("quota_exceeded", "the key's quota is used up", retry_after_s=wait)
         scope["state"]["caller"] = caller
         return None
+
+
+def is_public(method: str, path: str) -> bool:
+    """Whether it is answered without a key, where keys are configured."""
+    return method != "POST" and (path in PUBLIC or path.startswith(PAGE_FILES))
 
 
 def may_ask(caller: Caller, method: str, path: str) -> bool:

@@ -111,6 +111,12 @@ def test_the_engine_knows_no_web_framework() -> None:
             assert not {i.split(".")[0] for i in IMPORTS[module]} & web, module
 
 
+def test_the_shapes_of_answers_are_for_the_document_alone() -> None:
+    for module in FILES:
+        if not is_within(module, "server.routes") and not is_within(module, "server.answer_shapes"):
+            assert not {i for i in OURS[module] if is_within(i, "server.answer_shapes")}, module
+
+
 def is_library(module: str) -> bool:
     """Of model, but for the commands that made the demo beside its weights."""
     return is_within(module, "model") and not is_within(module, "model.demo")

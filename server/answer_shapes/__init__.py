@@ -1,1 +1,1 @@
-"""The shapes of answers, for the OpenAPI document alone: no answer is made or checked by them."""
+"""The shapes of the answers, for the OpenAPI document alone: no answer is built of them."""

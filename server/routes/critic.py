@@ -4,11 +4,12 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from server.answer_shapes.inference import ClassifyAnswer, CriticAnswer
 from server.answer_size import built
 from server.answers import Answered, JSONAnswer, critic_row, data_rows, label_entries
 from server.bodies import read_json
 from server.engine.job import Ask
-from server.routes.documented import INFER, errors, json_body
+from server.routes.documented import INFER, errors, json_body, ok
 from server.routes.inference import answer
 from server.schemas import ClassifyRequest, CriticRequest
 from server.state import ServerState, state_of
@@ -18,8 +19,15 @@ router = APIRouter(tags=["inference"])
 
 @router.post(
     "/critic",
-    responses=errors(*INFER, "critic_not_available"),
-    openapi_extra=json_body(CriticRequest),
+    responses=errors(*INFER, "critic_not_available") | ok(CriticAnswer),
+    openapi_extra=json_body(
+        CriticRequest,
+        translators={
+            "adapter": "translators",
+            "inputs": "And God saw the light, that it was good.",
+        },
+        backbone={"inputs": ["To be", "or not to be"]},
+    ),
 )
 async def critic(request: Request) -> Response:
     """How likely each token is wrong, by the critic head."""
@@ -37,8 +45,12 @@ def _critic_answer(answered: Answered, state: ServerState) -> Response:
 
 @router.post(
     "/classify",
-    responses=errors(*INFER, "classifier_not_available"),
-    openapi_extra=json_body(ClassifyRequest),
+    responses=errors(*INFER, "classifier_not_available") | ok(ClassifyAnswer),
+    openapi_extra=json_body(
+        ClassifyRequest,
+        supersense={"adapter": "supersense", "inputs": "a person who writes plays", "top_k": 3},
+        two_adapters={"adapters": ["supersense", "era"], "inputs": ["a person who writes plays"]},
+    ),
 )
 async def classify(request: Request) -> Response:
     """The labels of the adapter's classifier, best first."""

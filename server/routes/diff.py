@@ -15,11 +15,12 @@ from adapters.format import AdapterSet
 from adapters.library import Library
 from adapters.versions import Version
 from model.checkpoint import Backbone
+from server.answer_shapes.differences import DiffAnswer
 from server.answers import JSONAnswer, adapter_entry
 from server.engine.errors import BadInput
 from server.guard import check_adapter
 from server.routes.adapters import NAMED
-from server.routes.documented import READ, errors, references
+from server.routes.documented import READ, errors, ok, references
 from server.state import state_of
 
 # One: it reads files and computes, and those who ask for answers are not to wait for it.
@@ -30,8 +31,8 @@ router = APIRouter(tags=["adapters"])
 
 @router.get(
     "/diff",
-    responses=errors(*READ, *NAMED),
-    openapi_extra=references(a="An adapter reference.", b="Another one."),
+    responses=errors(*READ, *NAMED) | ok(DiffAnswer),
+    openapi_extra=references(a=("An adapter reference.", "verses"), b=("Another one.", "era")),
 )
 async def diff(request: Request) -> Response:
     """Where two adapters' weights differ, and how much: Frobenius norms at every place of the model

@@ -1,14 +1,13 @@
-"""What the OpenAPI document says of a route: its body, and every error it can answer."""
+"""What a route states for the OpenAPI document: its body, its parameters, and every answer."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from pydantic import BaseModel
 
-from adapters.names import ALIAS_PATTERN, NAME_PATTERN
+from server.answer_shapes.errors import Error, OpenAIError
 from server.errors import STATUS, openai_status
-from server.guard import PUBLIC
 from server.schemas import REFERENCE_PATTERN
 
 HEAD = ("malformed_request", "receive_timeout", "headers_too_large")  # of every route
@@ -56,80 +55,86 @@ INFER = (
     "deadline_exceeded",
 )
 
-_ERROR_SCHEMA = {
-    "type": "object",
-    "properties": {
-        "error": {
-            "type": "object",
-            "properties": {
-                "code": {"type": "string"},
-                "message": {"type": "string"},
-                "details": {"type": "object"},
-                "request_id": {"type": "string"},
-            },
-        }
-    },
-}
-
-
 # Of a route that frees what requests may use
 IN_USE: dict[int | str, dict[str, Any]] = {202: {"description": "in_flight requests use it yet."}}
-# Of what stands in a path
-PATH_PATTERNS = {"name": NAME_PATTERN, "alias": ALIAS_PATTERN, "number": r"^[1-9][0-9]{0,8}$"}
-
-
 Responses = dict[int | str, dict[str, Any]]  # as FastAPI takes them
+Parameter = dict[str, Any]
+COMPONENTS = "#/components/schemas/{model}"
+CODES = "x-codes"
+BYTES = {"type": "string", "format": "binary"}
+NULL = "\0null"  # in examples: FastAPI leaves nulls out of its document
+# Where the server has bytes that may be uploaded as they are. Not `externalValue`: generators of
+# clients would look for that file beside the document.
+STORED_AT = "x-stored-at"
+STORED = {"stored": {"summary": "An adapter file.", STORED_AT: "/adapters/verses/file"}}
+ERROR_SHAPES = (Error, OpenAIError)  # what error answers refer to
 
 
 def errors(*codes: str) -> Responses:
     """FastAPI's `responses` for these codes of the table, on a route that asks for a key."""
-    return _responses((*HEAD, *GUARD, *codes), STATUS.__getitem__)
+    return _responses((*HEAD, *GUARD, *codes), STATUS.__getitem__, Error)
 
 
 def openai_errors(*codes: str) -> Responses:
-    """The same for a route under /v1, where the statuses are OpenAI's."""
-    return _responses((*HEAD, *GUARD, *codes), openai_status)
+    """The same for a route under /v1, where the shape and the statuses are OpenAI's."""
+    return _responses((*HEAD, *GUARD, *codes), openai_status, OpenAIError)
 
 
 def public_errors(*codes: str) -> Responses:
     """The same for a route that is open to everybody."""
-    return _responses((*HEAD, *codes), STATUS.__getitem__)
+    return _responses((*HEAD, *codes), STATUS.__getitem__, Error)
+
+
+def _responses(
+    codes: Iterable[str], status_of: Callable[[str], int], shape: type[BaseModel]
+) -> Responses:
+    """An entry for each status; `x-codes` lists the codes that it can carry on this route.
+
+    `code` itself stays a plain string, so that a client that was generated before a code was added
+    reads the answers that carry it.
+    """
+    by_status: dict[int, set[str]] = defaultdict(set)
+    for code in codes:
+        by_status[status_of(code)].add(code)
+    content = {"application/json": {"schema": component(shape)}}
+    return {
+        status: {"description": ", ".join(sorted(names)), "content": content, CODES: sorted(names)}
+        for status, names in sorted(by_status.items())
+    }
+
+
+def component(shape: type[BaseModel]) -> dict[str, Any]:
+    """A reference to the named schema of `shape`; the document must have it (ERROR_SHAPES)."""
+    return {"$ref": COMPONENTS.format(model=shape.__name__)}
 
 
 def ok(
-    schema: type[BaseModel], example: Any = None, *, status: int = 200, says: str = "Done."
+    schema: type[BaseModel],
+    example: Any = None,
+    *,
+    status: int = 200,
+    says: str = "Done.",
+    headers: Mapping[str, str] | None = None,
+    also: Mapping[str, Any] | None = None,
 ) -> Responses:
-    """FastAPI's `responses` for a success: the answer's schema, which is for the document alone."""
-    entry: dict[str, Any] = {"model": schema, "description": says}
+    """FastAPI's `responses` for a success: the answer's schema, which is for the document alone.
+
+    `headers` are the answer's own, with what each says; `also` are its schemas under other content
+    types, which a request names in its Accept header.
+    """
+    content: dict[str, Any] = {kind: {"schema": shape} for kind, shape in (also or {}).items()}
     if example is not None:
-        entry["content"] = {"application/json": {"example": example}}
+        content["application/json"] = {"example": _kept(example)}
+    entry: dict[str, Any] = {"model": schema, "description": says}
+    if content:
+        entry["content"] = content
+    if headers:
+        entry["headers"] = {name: _header(text) for name, text in headers.items()}
     return {status: entry}
 
 
-def completed(document: dict[str, Any]) -> dict[str, Any]:
-    """The OpenAPI document with what is checked outside the routes: keys, and patterns of names."""
-    schemes = {"key": {"type": "http", "scheme": "bearer", "description": "An API key."}}
-    document.setdefault("components", {})["securitySchemes"] = schemes
-    for path, operations in document["paths"].items():
-        for operation in operations.values():
-            if path not in PUBLIC:
-                operation["security"] = [{"key": []}, {}]  # {}: on a server without keys none
-            for parameter in operation.get("parameters", ()):
-                pattern = PATH_PATTERNS.get(parameter["name"])
-                if parameter["in"] == "path" and pattern:
-                    parameter["schema"]["pattern"] = pattern
-    return document
-
-
-def _responses(codes: Iterable[str], status_of: Callable[[str], int]) -> Responses:
-    by_status = defaultdict(list)
-    for code in codes:
-        by_status[status_of(code)].append(code)
-    content = {"application/json": {"schema": _ERROR_SCHEMA}}
-    return {
-        status: {"description": ", ".join(sorted(set(names))), "content": content}
-        for status, names in sorted(by_status.items())
-    }
+def _header(description: str) -> dict[str, Any]:
+    return {"description": description, "schema": {"type": "string"}}
 
 
 def json_body(schema: type[BaseModel], **examples: Any) -> dict[str, Any]:
@@ -137,30 +142,55 @@ def json_body(schema: type[BaseModel], **examples: Any) -> dict[str, Any]:
 
     `examples` are bodies by a short name; each succeeds on the demo as it stands.
     """
-    body: dict[str, Any] = {"schema": schema.model_json_schema()}
+    shape = schema.model_json_schema(ref_template=COMPONENTS)  # the document names it
+    body: dict[str, Any] = {"schema": shape}
     if examples:
-        body["examples"] = {name: {"value": value} for name, value in examples.items()}
+        body["examples"] = {name: {"value": _kept(value)} for name, value in examples.items()}
     content = {"application/json": body}
     return {"requestBody": {"required": True, "content": content}}
 
 
+def _kept(example: Any) -> Any:
+    """The example with NULL in place of None."""
+    if isinstance(example, dict):
+        return {key: _kept(value) for key, value in example.items()}
+    if isinstance(example, list | tuple):
+        return [_kept(value) for value in example]
+    return NULL if example is None else example
+
+
 def octet_body() -> dict[str, Any]:
-    """The same for a body of bytes."""
-    content = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+    """The same for a body of bytes; the document says where the server has some that succeed."""
+    content = {"application/octet-stream": {"schema": BYTES}}
     return {"requestBody": {"required": True, "content": content}}
 
 
-def references(**descriptions: str) -> dict[str, Any]:
-    """The same for adapter references that must stand in the query, by their names."""
-    return {
-        "parameters": [
-            {
-                "name": name,
-                "in": "query",
-                "required": True,
-                "description": description,
-                "schema": {"type": "string", "pattern": REFERENCE_PATTERN},
-            }
-            for name, description in descriptions.items()
-        ]
-    }
+def parameters(*entries: dict[str, Any]) -> dict[str, Any]:
+    """FastAPI's `openapi_extra` for what a handler reads of the query and of the headers."""
+    return {"parameters": list(entries)}
+
+
+def query(name: str, kind: str, description: str, example: Any = None, **more: Any) -> Parameter:
+    """A query parameter of the JSON type `kind`; `more` goes into its schema."""
+    return _parameter("query", name, {"type": kind, **more}, description, example)
+
+
+def header_parameter(name: str, description: str, example: str | None = None) -> Parameter:
+    """A request header. Accept, Content-Type and Authorization are never listed, by OpenAPI."""
+    return _parameter("header", name, {"type": "string"}, description, example)
+
+
+def _parameter(
+    place: str, name: str, schema: dict[str, Any], description: str, example: Any
+) -> Parameter:
+    entry: Parameter = {"name": name, "in": place, "description": description, "schema": schema}
+    return entry if example is None else entry | {"example": example}
+
+
+def references(**described: tuple[str, str]) -> dict[str, Any]:
+    """The parameters of a query that must hold adapter references: description and example."""
+    ones = [
+        query(name, "string", description, example, pattern=REFERENCE_PATTERN) | {"required": True}
+        for name, (description, example) in described.items()
+    ]
+    return parameters(*ones)

@@ -5,8 +5,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from model.encoder import FINAL
+from server.answer_shapes.inference import EncodeAnswer
 from server.answer_size import built
 from server.answers import (
+    METADATA_HEADER,
     OCTET_STREAM,
     SAFETENSORS,
     Answered,
@@ -20,18 +22,44 @@ from server.answers import (
 from server.bodies import header, read_json
 from server.engine.errors import BadInput
 from server.engine.job import Ask
-from server.routes.documented import INFER, errors, json_body
+from server.routes.documented import BYTES, INFER, errors, json_body, ok
 from server.routes.inference import answer
 from server.schemas import EncodeRequest
 from server.state import ServerState, state_of
+
+EXAMPLES = {
+    "embedding": {"adapter": "verses", "inputs": "To be, or not to be", "dimensions": 8},
+    "adapters": {"adapters": ["verses", "era", "base"], "inputs": ["To be", "or not to be"]},
+    "critic": {"adapter": "translators", "inputs": "God saw", "outputs": ["critic", "tokens"]},
+    "masks": {
+        "adapter": "scripture",
+        "inputs": "Speak unto the [MASK] of Israel.",
+        "outputs": ["logits"],
+        "top_k": 2,
+    },
+    "labels": {
+        "adapter": "supersense",
+        "inputs": "a person who writes plays",
+        "outputs": ["embedding", "labels"],
+        "encoding_format": "base64",
+    },
+    "ids": {"inputs": [[4243, 304], [304]], "pooling": "last", "normalize": False, "layer": 2},
+}
 
 router = APIRouter(tags=["inference"])
 
 
 @router.post(
     "/encode",
-    responses=errors(*INFER, "critic_not_available", "classifier_not_available"),
-    openapi_extra=json_body(EncodeRequest),
+    responses=errors(*INFER, "critic_not_available", "classifier_not_available")
+    | ok(
+        EncodeAnswer,
+        also={OCTET_STREAM: BYTES, SAFETENSORS: BYTES},
+        headers={
+            METADATA_HEADER: f"With {OCTET_STREAM}: shape, dtype, adapters and usage as JSON."
+        },
+    ),
+    openapi_extra=json_body(EncodeRequest, **EXAMPLES),
 )
 async def encode(request: Request) -> Response:
     """Embeddings, token states, critic values, mask logits and labels of texts or token ids."""

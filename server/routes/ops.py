@@ -6,12 +6,13 @@ from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, RedirectResponse, Response
+from starlette.responses import RedirectResponse, Response
 
 from server import __version__
+from server.answer_shapes.operations import EngineState, Health, Info, Readiness
 from server.answers import JSONAnswer
 from server.engine.errors import Draining, NotReady
-from server.routes.documented import READ, errors, public_errors
+from server.routes.documented import READ, errors, ok, public_errors
 from server.state import state_of
 
 MAX_LISTED = 100  # unusable adapter files in /ready's details
@@ -21,14 +22,14 @@ router = APIRouter(tags=["operations"])
 
 
 @router.head("/health", include_in_schema=False)  # as balancers ask
-@router.get("/health", responses=public_errors())
+@router.get("/health", responses=public_errors() | ok(Health))
 async def health() -> Response:
     """The process is alive. Answered by the event loop alone; never waits for a forward."""
     return JSONAnswer({"status": "ok"})
 
 
 @router.head("/ready", include_in_schema=False)
-@router.get("/ready", responses=public_errors("not_ready", "draining"))
+@router.get("/ready", responses=public_errors("not_ready", "draining") | ok(Readiness))
 async def ready(request: Request) -> Response:
     """Whether to send traffic here: the device thread lives and is not stuck."""
     if state_of(request).draining:
@@ -53,8 +54,9 @@ def _unusable(request: Request) -> dict[str, Any]:
 
 @router.get(
     "/metrics",
-    response_class=PlainTextResponse,
-    responses=errors() | {200: {"content": {EXPOSITION: {}}}},
+    response_class=Response,
+    responses=errors()
+    | {200: {"description": "Done.", "content": {EXPOSITION: {"schema": {"type": "string"}}}}},
 )
 async def metrics(request: Request) -> Response:
     """Prometheus' text format."""
@@ -62,7 +64,7 @@ async def metrics(request: Request) -> Response:
     return Response(exposition, media_type=EXPOSITION)
 
 
-@router.get("/info", responses=errors(*READ))
+@router.get("/info", responses=errors(*READ) | ok(Info))
 async def info(request: Request) -> Response:
     """The backbone, its config, where and in which dtype it runs, and the limits."""
     state = state_of(request)
@@ -99,7 +101,7 @@ async def info(request: Request) -> Response:
     )
 
 
-@router.get("/debug/engine", responses=errors(*READ))
+@router.get("/debug/engine", responses=errors(*READ) | ok(EngineState))
 async def debug_engine(request: Request) -> Response:
     """Queue, slots and leases right now; an admin's."""
     state = state_of(request)

@@ -5,18 +5,23 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from server.answer_shapes.tokens import DetokenizeAnswer, TokenizeAnswer
 from server.answers import JSONAnswer
 from server.bodies import read_json
 from server.engine.errors import BadInput, TokenOutOfRange
 from server.inputs import encode_inputs, token_entries
-from server.routes.documented import TOKENIZE, errors, json_body
+from server.routes.documented import TOKENIZE, errors, json_body, ok
 from server.schemas import DetokenizeRequest, TokenizeRequest
 from server.state import ServerState, state_of
 
 router = APIRouter(tags=["tokenizer"])
 
 
-@router.post("/tokenize", responses=errors(*TOKENIZE), openapi_extra=json_body(TokenizeRequest))
+@router.post(
+    "/tokenize",
+    responses=errors(*TOKENIZE) | ok(TokenizeAnswer),
+    openapi_extra=json_body(TokenizeRequest, texts={"inputs": ["To be", "or not to be"]}),
+)
 async def tokenize(request: Request) -> Response:
     """The tokens of each text: id, text, and the characters it stands for."""
     state = state_of(request)
@@ -31,7 +36,11 @@ async def tokenize(request: Request) -> Response:
     return JSONAnswer({"object": "list", "model": state.backbone.id, "data": data})
 
 
-@router.post("/detokenize", responses=errors(*TOKENIZE), openapi_extra=json_body(DetokenizeRequest))
+@router.post(
+    "/detokenize",
+    responses=errors(*TOKENIZE) | ok(DetokenizeAnswer),
+    openapi_extra=json_body(DetokenizeRequest, ids={"ids": [4243, 304]}),
+)
 async def detokenize(request: Request) -> Response:
     """The text of a list of ids, or the texts of a list of lists."""
     state = state_of(request)

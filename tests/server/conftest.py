@@ -4,14 +4,17 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import TINY, Serve, Served, random_adapter, random_gpt, save_random_adapter
 from conftest import tiny_tokenizer as tokenizer
 from reference import Oracle
 
 from adapters.format import write_adapter
 from model.checkpoint import backbone_tensors, write_backbone
+from server.cli import main
 
 # No biases, a matrix a layer, no heads, no [CLS]
 BARE = dataclasses.replace(
@@ -73,3 +76,25 @@ def bare(bare_backbone: Path) -> Oracle:
 @pytest.fixture(scope="session")
 def bare_server(bare_backbone: Path, serve_for_session: Serve) -> Served:
     return serve_for_session(bare_backbone, "--dtype", "float32")
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyedDemo:
+    """The demo trunk as it stands, on a server that asks for this key."""
+
+    served: Served
+    key: str
+
+    def client(self) -> httpx.Client:
+        return self.served.client(headers={"authorization": f"Bearer {self.key}"})
+
+
+@pytest.fixture(scope="session")
+def keyed_demo(tmp_path_factory: pytest.TempPathFactory, serve_for_session: Serve) -> KeyedDemo:
+    """Its import root is the folder of the demo's adapters."""
+    file = tmp_path_factory.mktemp("keys") / "keys.json"
+    scopes = ("--scope", "infer", "--scope", "admin", "--scope", "metrics")
+    made = CliRunner().invoke(main, ["keys", "--file", str(file), "new", *scopes])
+    assert made.exit_code == 0, made.output
+    root = Path(__file__).parent.parent.parent / "adapters" / "demo"
+    return KeyedDemo(serve_for_session("--keys", file, "--import-root", root), made.stdout.strip())

@@ -167,8 +167,8 @@ def test_a_row_without_masks_has_no_logits(client: httpx.Client) -> None:
 
 
 def test_the_document_says_which_inputs_have_logits(client: httpx.Client) -> None:
-    body = client.get("/openapi.json").json()["paths"]["/encode"]["post"]["requestBody"]
-    outputs = body["content"]["application/json"]["schema"]["properties"]["outputs"]
+    schemas = client.get("/openapi.json").json()["components"]["schemas"]
+    outputs = schemas["EncodeRequest"]["properties"]["outputs"]
     assert "at every [MASK]" in outputs["description"]
     assert "an input without one has an empty list" in outputs["description"]
     assert all(f"{name}: " in outputs["description"] for name in outputs["items"]["enum"])

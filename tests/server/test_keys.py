@@ -327,10 +327,13 @@ def test_a_bucket_tells_how_long_until_there_is_enough() -> None:
 def test_the_openapi_document_asks_for_a_key_where_the_guard_does(tiny_server: Served) -> None:
     with tiny_server.client() as client:
         document = client.get("/openapi.json").json()
-    (scheme,) = document["components"]["securitySchemes"]
+    schemes = document["components"]["securitySchemes"]
+    assert {scheme["type"] for scheme in schemes.values()} == {"http", "apiKey"}
     for path, operations in document["paths"].items():
-        for operation in operations.values():
-            assert ({scheme: []} in operation.get("security", [])) == (path not in PUBLIC), path
+        for method, operation in operations.items():
+            public = path in PUBLIC and method == "get"
+            wanted = [] if public else [*({scheme: []} for scheme in schemes), {}]
+            assert operation.get("security", []) == wanted, path
 
 
 def test_a_keys_file_that_is_named_and_not_there_starts_no_server(

@@ -1,0 +1,76 @@
+"""Answers of /health, /ready, /info and /debug/engine."""
+
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+from adapters.slots import PoolStats
+from model.config import GPTConfig
+from server.answer_shapes.tei_info import TeiInfo
+
+
+class Health(BaseModel):
+    """The process answers."""
+
+    status: Literal["ok"]
+
+
+class Readiness(BaseModel):
+    """The server takes traffic."""
+
+    status: Literal["ready"]
+
+
+class BackboneHeads(BaseModel):
+    """Which heads the backbone carries."""
+
+    critic: bool
+    sequence: bool
+    calibration: bool
+
+
+class BackboneInfo(BaseModel):
+    """The trunk that is served."""
+
+    id: str
+    digest: str
+    heads: BackboneHeads
+
+
+class Limits(BaseModel):
+    """What requests are held to."""
+
+    max_batch_tokens: int
+    max_queue_tokens: int
+    max_inputs: int = Field(description="Rows of a request: inputs times adapters.")
+    max_request_tokens: int
+    max_answer_values: int = Field(description="Numbers in an answer.")
+    max_body_bytes: int
+    default_timeout_ms: int
+    block_size: int = Field(description="Tokens of a row.")
+
+
+class Info(TeiInfo):
+    """What is served, and how."""
+
+    version: str = Field(description="The server's version.")
+    backbone: BackboneInfo
+    config: GPTConfig
+    dtype: str
+    device: str
+    operators: str = Field(description="compiled or torch: what runs between matrix products.")
+    adapters: int = Field(description="How many are registered.")
+    slots: PoolStats
+    leases: int = Field(description="Requests that hold an adapter version now.")
+    limits: Limits
+
+
+class EngineState(BaseModel):
+    """The engine at this moment."""
+
+    ready: bool
+    batch_s: float | None = Field(description="Seconds since the running batch began, if one runs.")
+    waiting_rows: int
+    tokens_admitted: int
+    slots: PoolStats
+    leases: int
