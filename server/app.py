@@ -33,7 +33,8 @@ from server.hot import HotRoutes
 from server.keys import KeyRing
 from server.metrics import Metrics
 from server.middleware import RequestContext
-from server.routes import adapters, critic, diff, encode, openai, ops, tokens, vllm
+from server.named_path import NamedPaths
+from server.routes import adapters, critic, diff, encode, openai, ops, rerank, tei, tokens, vllm
 from server.routes.documented import completed
 from server.settings import BadSettings, Settings, default_data_dir
 from server.shed import Shed
@@ -47,8 +48,17 @@ HOT = {
     "/critic": critic.critic,
     "/classify": critic.classify,
     "/v1/embeddings": openai.embeddings,
+    "/v1/rerank": rerank.rerank,
+    "/v2/rerank": rerank.rerank,
+    "/rerank": rerank.rerank,
+    "/embed": tei.embed,
+    "/embed_all": tei.embed_all,
+    "/similarity": tei.similarity,
+    "/predict": tei.predict,
+    "/": tei.root,
 }
-ROUTES = (encode, critic, openai, vllm, tokens, adapters, diff, ops)
+TOKENIZER = ("/tokenize", "/detokenize")
+ROUTES = (encode, critic, openai, rerank, tei, vllm, tokens, adapters, diff, ops)
 CLIENT_LEFT = 499  # nobody reads it; the log and the metrics show it
 
 
@@ -91,7 +101,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(Exception, _broken)
     app.state.shed = Shed(app.state.server, app.state.keys, HOT)
     hot = HotRoutes(app.build_middleware_stack(), HOT, app.exception_handlers)
-    inner: ASGIApp = Guard(hot, app.state.keys)
+    inner: ASGIApp = NamedPaths(Guard(hot, app.state.keys), (*HOT, *TOKENIZER))
     if settings.otlp_endpoint:
         inner = _traced(inner, settings.otlp_endpoint, app.state.server)
     state: ServerState = app.state.server

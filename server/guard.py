@@ -16,6 +16,8 @@ INFER, READ, ADMIN = ({"infer"}, {"infer", "admin"}, {"admin"})
 # Method and path -> the scopes of which one is needed; what matches nothing is an admin's.
 RULES = [
     (re.compile(r"POST /(encode|critic|classify|tokenize|detokenize|v1/embeddings)"), INFER),
+    (re.compile(r"POST /((v[12]/)?rerank|similarity|embed|embed_all|predict)?"), INFER),
+    (re.compile(r"(GET|HEAD) /v1/models/[\s\S]+"), READ),
     (re.compile(r"(GET|HEAD) /(adapters(/[\s\S]*)?|diff|v1/models|info)"), READ),
     (re.compile(r"GET /metrics"), {"metrics", "admin"}),
 ]
@@ -30,7 +32,8 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             self.keys.refresh()
-            if self.keys.configured and scope["path"] not in PUBLIC:
+            public = scope["path"] in PUBLIC and scope["method"] != "POST"  # POST / is inference
+            if self.keys.configured and not public:
                 error = self._refusal(scope)
                 if error is not None:
                     await _refuse(error, scope, receive, send)
