@@ -145,7 +145,7 @@ def _flat(value: dict[str, Any], key: str) -> dict[str, Any]:
     inner = value[key] if value[key] is not None else {}
     if not isinstance(inner, dict):
         raise _unless_infinite(value, f"{key}: must be an object", field=key)
-    return inner | {name: item for name, item in value.items() if name != key}
+    return inner | value
 
 
 def _without_elsewhere(value: dict[str, Any], schema: type[StrictModel]) -> dict[str, Any]:

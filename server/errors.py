@@ -73,9 +73,9 @@ class ErrorAnswer:
 OPENAI_PREFIXES = ("/v1/", "/v2/")  # /v2/rerank: its clients know OpenAI's statuses too
 TEI_PATHS = {"/", "/embed", "/embed_all", "/similarity", "/predict", "/rerank"}
 # text-embeddings-inference has statuses of its own for these.
-_TEI_STATUS = {"sequence_too_long": 413, "empty_input": 400, "overloaded": 429}
+_TEI_STATUS = {"sequence_too_long": 413, "overloaded": 429}
+# Its generated client knows these types and Validation, and fails over any other.
 _TEI_TYPES = {
-    "empty_input": "Empty",
     "untokenizable_text": "Tokenizer",
     "token_out_of_range": "Tokenizer",
     "overloaded": "Overloaded",

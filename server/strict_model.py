@@ -47,6 +47,8 @@ _BESIDE = ("default", "title", "description")  # what is said of a field, not of
 
 
 def _nullable(field: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(field.get("type"), str) and "enum" not in field and "const" not in field:
+        return field | {"type": [field["type"], "null"]}
     options = field.get("anyOf", [{k: v for k, v in field.items() if k not in _BESIDE}])
     if {"type": "null"} in options:
         return field

@@ -40,7 +40,7 @@ Direction = Annotated[
 
 
 class TeiRequest(StrictModel):
-    """What the routes have in common. huggingface_hub puts options into `parameters`."""
+    """What the routes have in common."""
 
     elsewhere: ClassVar = {
         "prompt_name": Elsewhere((), NO_PROMPTS),
@@ -50,6 +50,10 @@ class TeiRequest(StrictModel):
     }
     nested: ClassVar = "parameters"
 
+    parameters: (
+        Annotated[dict[str, Any], Field(description="huggingface_hub puts the options in here.")]
+        | None
+    ) = None
     adapter: Reference | None = None
     truncate: bool = False
     truncation_direction: Direction = "right"
@@ -57,6 +61,11 @@ class TeiRequest(StrictModel):
 
 
 class PooledRequest(TeiRequest):
+    elsewhere: ClassVar = TeiRequest.elsewhere | {
+        "top_k": Elsewhere((), "POST /predict classifies"),
+        "function_to_apply": Elsewhere((), "POST /predict classifies"),
+    }
+
     normalize: bool = True
     dimensions: Annotated[int, Field(ge=1)] | None = None
 

@@ -36,9 +36,7 @@ class TeiError(BaseModel):
     """An error answer in text-embeddings-inference's shape, with our own fields beside it."""
 
     error: str = Field(description="A sentence for people. Never contains what the client sent.")
-    error_type: str = Field(
-        description="Validation, Tokenizer, Empty, Overloaded, Backend or Unhealthy."
-    )
+    error_type: str = Field(description="Validation, Tokenizer, Overloaded, Backend or Unhealthy.")
     code: str = Field(description="Names the fault, as in the other routes' error answers.")
     details: dict[str, Any] = Field(description="Numbers and names that belong to the fault.")
     request_id: str | None = Field(description="The same as in the x-request-id header.")

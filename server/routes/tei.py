@@ -121,13 +121,17 @@ async def _compared(
     ),
 )
 async def predict(request: Request) -> Response:
-    """The labels of the adapter's classifier, best first; for a batch, a list of them a row."""
+    """The labels of the adapter's classifier, best first; for a batch, a list of them a row.
+
+    huggingface_hub, known by its `parameters`, reads a single text's labels from such a list too.
+    """
     body = await read_json(request, PredictRequest, state_of(request).settings.max_body_bytes)
     place = Place(single=body.inputs.single)
     answered = await _answered(request, body, body.inputs, "labels", place)
     refuse_errors(answered)
     rows = [label_entries(result, body.top_k) for result in answered.results]
-    return listed(answered, rows[0] if body.inputs.single else rows)
+    alone = body.inputs.single and body.parameters is None
+    return listed(answered, rows[0] if alone else rows)
 
 
 @router.post(

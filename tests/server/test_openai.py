@@ -48,11 +48,10 @@ def test_base64_on_the_wire_is_base64(tiny_server: Served) -> None:
     assert len(base64.b64decode(entry["embedding"], validate=True)) == 4 * TINY.n_embd
 
 
-@pytest.mark.parametrize("inputs", ["abc", [0, 1, 2], [[0, 1, 2]]])
-def test_every_shape_of_input(client: "openai.OpenAI", tiny: Oracle, inputs: object) -> None:
+@pytest.mark.parametrize("inputs", ["abc", ["abc"]])
+def test_every_shape_of_text(client: "openai.OpenAI", tiny: Oracle, inputs: object) -> None:
     (entry,) = client.embeddings.create(model="base", input=inputs, user="someone").data
-    ids = tiny.ids("abc") if inputs == "abc" else [0, 1, 2]
-    np.testing.assert_allclose(entry.embedding, tiny.embedding(ids), **TOLERANCE)
+    np.testing.assert_allclose(entry.embedding, tiny.embedding(tiny.ids("abc")), **TOLERANCE)
 
 
 def test_dimensions(client: "openai.OpenAI", tiny: Oracle) -> None:
@@ -87,7 +86,8 @@ def test_an_unknown_model_is_the_client_s_not_found_error(client: "openai.OpenAI
         ({"input": []}, openai.BadRequestError, "empty_input"),
         ({"input": "x" * 65}, openai.BadRequestError, "sequence_too_long"),
         ({"input": "ß"}, openai.BadRequestError, "untokenizable_text"),
-        ({"input": [10**6]}, openai.BadRequestError, "token_out_of_range"),
+        ({"input": [1, 2]}, openai.BadRequestError, "token_ids_refused"),
+        ({"input": [[1, 2], [3]]}, openai.BadRequestError, "token_ids_refused"),
         ({"input": "a", "dimensions": 99}, openai.BadRequestError, "validation_error"),
         ({"input": "a", "model": "../x"}, openai.BadRequestError, "validation_error"),
         (
