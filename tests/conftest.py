@@ -23,6 +23,7 @@ from model.checkpoint import backbone_tensors, write_backbone
 from model.config import LORA_SITES, GPTConfig
 from model.gpt import GPT
 from model.tokenizer import Tokenizer
+from server.named_path import route_path
 
 KIT = Path(__file__).parent / "kit"
 CHARACTERS = "\n !',-.:;?abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -158,14 +159,15 @@ def demand_stated(answer: httpx.Response) -> None:
     Of an unknown path or method only 401, 403, 404, 405, 422 and 429 are expected; 499 is nobody's.
     """
     request = answer.request
-    if re.fullmatch("/|/docs|/openapi.json|/static-offline-docs/.*", request.url.path):
+    asked = route_path(request.url.path)  # below /as/.../- the routes are the same
+    if re.fullmatch("/|/docs|/openapi.json|/static-offline-docs/.*", asked):
         return
     method = "get" if request.method == "HEAD" else request.method.lower()
     stated = {404, 405, 401, 403, 422, 429, 307}
     for path in sorted(PATHS, key=len, reverse=True):
-        pattern = re.escape(path).replace("\\{name\\}", "[A-Za-z0-9._/@:-]+")
+        pattern = re.sub(r"\\{(name|model)\\}", "[A-Za-z0-9._/@:-]+", re.escape(path))
         pattern = re.sub(r"\\{\w+\\}", "[^/]+", pattern)
-        if re.fullmatch(pattern, request.url.path) and method in PATHS[path]:
+        if re.fullmatch(pattern, asked) and method in PATHS[path]:
             stated = {int(status) for status in PATHS[path][method]["responses"]}
             break
     where = f"{request.method} {request.url.path}"

@@ -37,6 +37,8 @@ from server.state import ServerState, state_of
 
 NOT_YOURS = "token ids of another tokenizer would be answered with wrong vectors"
 
+NAMING = ("adapter_not_found", "version_not_found", "adapter_damaged", "validation_error")
+
 router = APIRouter(prefix="/v1", tags=["openai"])
 
 
@@ -135,7 +137,7 @@ def as_reference(model: str, state: ServerState) -> str:
     return model
 
 
-@router.get("/models", responses=openai_errors(*READ) | ok(Models))
+@router.get("/models", responses=openai_errors(*READ, *NAMING) | ok(Models))
 async def models(request: Request) -> Response:
     """The backbone and every adapter; below /as/ the adapter that the path names."""
     state = state_of(request)
@@ -155,10 +157,7 @@ async def models(request: Request) -> Response:
 
 @router.get(
     "/models/{model:path}",
-    responses=openai_errors(
-        *READ, "adapter_not_found", "version_not_found", "adapter_damaged", "validation_error"
-    )
-    | ok(Model),
+    responses=openai_errors(*READ, *NAMING) | ok(Model),
 )
 async def model(model: str, request: Request) -> Response:
     """An adapter by any reference, or the backbone; below /as/ the adapter that the path names."""
