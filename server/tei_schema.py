@@ -75,6 +75,8 @@ class EmbedRequest(PooledRequest):
 
 
 class EmbedAllRequest(TeiRequest):
+    elsewhere: ClassVar = TeiRequest.elsewhere | {"normalize": IGNORED}  # as in the original
+
     inputs: Inputs
 
 
