@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pydantic import BaseModel, Field, RootModel
+from pydantic import BaseModel, ConfigDict, Field, RootModel
 
 
 class Embeddings(RootModel[list[list[float]]]):
@@ -40,3 +40,25 @@ class TeiError(BaseModel):
     code: str = Field(description="Names the fault, as in the other routes' error answers.")
     details: dict[str, Any] = Field(description="Numbers and names that belong to the fault.")
     request_id: str | None = Field(description="The same as in the x-request-id header.")
+
+
+class TeiInfo(BaseModel):
+    """The fields of text-embeddings-inference's GET /info; below /as/ of the path's adapter."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    model_id: str
+    model_sha: str = Field(description="The digest of the backbone, or of the adapter.")
+    model_dtype: str
+    model_type: dict[str, Any] = Field(
+        description="embedding with its pooling, or classifier with its labels."
+    )
+    max_concurrent_requests: int | None
+    max_input_length: int
+    max_batch_tokens: int
+    max_batch_requests: int | None
+    max_client_batch_size: int
+    auto_truncate: bool
+    tokenization_workers: int
+    docker_label: str | None
+    sha: str | None
