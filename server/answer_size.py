@@ -33,10 +33,11 @@ def check_values(values: int, limit: int) -> None:
     """Raises TooManyTokens."""
     if values > limit:
         raise TooManyTokens(
-            f"the answer would have about {values} values; the limit is {limit}: send fewer rows, "
-            "ask for fewer outputs, or for a smaller top_k",
+            f"the answer would have about {values} values; max_answer_values is {limit}: send "
+            "fewer rows, ask for fewer outputs, or for a smaller top_k",
             values=values,
             limit=limit,
+            setting="max_answer_values",
         )
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 import orjson
-from safetensors.numpy import save
+import torch
+from safetensors.torch import save
 from starlette.responses import Response
 
 from adapters.versions import Version
@@ -17,6 +18,7 @@ from model.tokenizer import Tokenizer
 from server.engine.errors import NonFiniteResult, TooManyInputs
 from server.engine.job import Floats, Result
 from server.inputs import Encoded, token_entries
+from server.number_formats import DType, packed, rounded
 
 OCTET_STREAM = "application/octet-stream"
 SAFETENSORS = "application/vnd.safetensors"
@@ -80,6 +82,7 @@ class EmbeddingForm:
     dimensions: int | None = None
     normalize: bool = True
     base64: bool = False
+    dtype: DType = "float32"
 
     def vector(self, pooled: Floats) -> Floats:
         cut = pooled[: self.dimensions]
@@ -88,9 +91,15 @@ class EmbeddingForm:
         norm = math.sqrt(np.dot(cut, cut))
         return np.ascontiguousarray(cut / norm if norm > 0 else cut)
 
+    def finite(self, pooled: Floats) -> Floats:
+        """`vector` rounded to the dtype. Raises NonFiniteResult where that cannot hold it."""
+        return rounded(self.vector(pooled), self.dtype)
+
     def sent(self, pooled: Floats) -> Floats | str:
-        vector = self.vector(pooled)
-        return base64.b64encode(vector.astype("<f4").data).decode() if self.base64 else vector
+        """A list's numbers are rounded to the dtype; base64 holds the dtype's own bytes."""
+        if self.base64:
+            return base64.b64encode(packed(self.vector(pooled), self.dtype)).decode()
+        return self.finite(pooled)
 
 
 def adapter_entry(version: Version | None) -> dict[str, Any] | None:
@@ -108,7 +117,9 @@ def data_rows(
         if result.error is None:
             content = fill(row, result)
         else:
-            content = {"error": {"code": result.error.code, "message": result.error.message}}
+            details = result.error.details | {"row": index}
+            error = {"code": result.error.code, "message": result.error.message}
+            content = {"error": error | {"details": details}}
         data.append({"index": index, "adapter": adapter_entry(result.adapter)} | content)
     return data
 
@@ -178,9 +189,9 @@ def _mask_entries(result: Result, tokenizer: Tokenizer) -> list[dict[str, Any]]:
 
 
 def octet_answer(answered: Answered, form: EmbeddingForm) -> Response:
-    """The rows' embeddings, little-endian float32, one after the other."""
-    matrix = _embedding_matrix(answered, form)
-    metadata = _metadata(answered, matrix)
+    """The rows' embeddings, little-endian in the form's dtype, one after the other."""
+    matrix = embedding_matrix(answered, form)
+    metadata = _metadata(answered, matrix, form)
     header = orjson.dumps(metadata).decode()
     if len(header) > MAX_METADATA_BYTES:
         raise TooManyInputs(
@@ -189,24 +200,26 @@ def octet_answer(answered: Answered, form: EmbeddingForm) -> Response:
             limit=MAX_METADATA_BYTES,
         )
     headers = {METADATA_HEADER: header}
-    return Response(matrix.tobytes(), media_type=OCTET_STREAM, headers=headers)
+    content = packed(matrix, form.dtype)
+    return Response(content, media_type=OCTET_STREAM, headers=headers)
 
 
 def safetensors_answer(answered: Answered, form: EmbeddingForm) -> Response:
     """Every output under `<row>.<output>`; the metadata's values are JSON."""
-    _refuse_errors(answered)
+    refuse_errors(answered)
     tensors: dict[str, Any] = {}
     for index, result in enumerate(answered.results):
         tensors |= {f"{index}.{name}": array for name, array in _arrays(result, form).items()}
     has_rows = answered.results[0].embedding is not None
-    metadata = _metadata(answered, _embedding_matrix(answered, form) if has_rows else None)
+    matrix = embedding_matrix(answered, form) if has_rows else None
+    metadata = _metadata(answered, matrix, form)
     text = {name: orjson.dumps(value).decode() for name, value in metadata.items()}
     return Response(save(tensors, text), media_type=SAFETENSORS)
 
 
 def _arrays(result: Result, form: EmbeddingForm) -> dict[str, Any]:
     arrays = {
-        "embedding": None if result.embedding is None else form.vector(result.embedding),
+        "embedding": None if result.embedding is None else form.finite(result.embedding),
         "tokens": result.hidden,
         "critic": result.critic_logits,
         "critic.wrongness": result.wrongness,
@@ -216,23 +229,27 @@ def _arrays(result: Result, form: EmbeddingForm) -> dict[str, Any]:
         "logits.positions": None if result.masks is None else np.array(result.masks, np.int64),
         "labels": result.label_scores,
     }
-    return {name: np.ascontiguousarray(a) for name, a in arrays.items() if a is not None}
+    tensors = {name: torch.tensor(a) for name, a in arrays.items() if a is not None}
+    if "embedding" in tensors:
+        tensors["embedding"] = tensors["embedding"].to(getattr(torch, form.dtype))
+    return tensors
 
 
 def _one(value: float | None) -> Floats | None:
     return None if value is None else np.array([value], np.float32)
 
 
-def _embedding_matrix(answered: Answered, form: EmbeddingForm) -> Floats:
-    _refuse_errors(answered)
+def embedding_matrix(answered: Answered, form: EmbeddingForm) -> Floats:
+    """(rows, dimensions) in float32. Raises NonFiniteResult for a row that has an error."""
+    refuse_errors(answered)
     vectors = [form.vector(r.embedding) for r in answered.results if r.embedding is not None]
     return np.stack(vectors).astype("<f4")
 
 
-def _metadata(answered: Answered, matrix: Floats | None) -> dict[str, Any]:
+def _metadata(answered: Answered, matrix: Floats | None, form: EmbeddingForm) -> dict[str, Any]:
     metadata = {
         "shape": None if matrix is None else list(matrix.shape),
-        "dtype": "float32",
+        "dtype": form.dtype,
         "adapters": [adapter_entry(result.adapter) for result in answered.results],
         "usage": answered.usage,
     }
@@ -240,8 +257,9 @@ def _metadata(answered: Answered, matrix: Floats | None) -> dict[str, Any]:
     return metadata | ({"labels": labels} if any(labels) else {})
 
 
-def _refuse_errors(answered: Answered) -> None:
+def refuse_errors(answered: Answered) -> None:
     """A binary answer has no place for a row's error, so the request as a whole has it."""
     bad = [row for row, result in enumerate(answered.results) if result.error is not None]
     if bad:
-        raise NonFiniteResult("rows of the result are not finite", rows=bad[:100])
+        rows = ", ".join(map(str, bad[:10])) + (", ..." if len(bad) > 10 else "")
+        raise NonFiniteResult(f"the result of row {rows} is not finite", row=bad[0], rows=bad[:100])

@@ -34,7 +34,20 @@ from server.hot import HotRoutes
 from server.keys import KeyRing
 from server.metrics import Metrics
 from server.middleware import RequestContext
-from server.routes import adapters, critic, diff, encode, openai, ops, residency, tokens, vllm
+from server.named_path import NamedPaths
+from server.routes import (
+    adapters,
+    critic,
+    diff,
+    encode,
+    openai,
+    ops,
+    rerank,
+    residency,
+    tei,
+    tokens,
+    vllm,
+)
 from server.routes.document import completed
 from server.settings import BadSettings, Settings, default_data_dir
 from server.shed import Shed
@@ -48,8 +61,17 @@ HOT = {
     "/critic": critic.critic,
     "/classify": critic.classify,
     "/v1/embeddings": openai.embeddings,
+    "/v1/rerank": rerank.rerank,
+    "/v2/rerank": rerank.rerank,
+    "/rerank": rerank.rerank,
+    "/embed": tei.embed,
+    "/embed_all": tei.embed_all,
+    "/similarity": tei.similarity,
+    "/predict": tei.predict,
+    "/": tei.root,
 }
-ROUTES = (encode, critic, openai, vllm, tokens, residency, adapters, diff, ops)
+TOKENIZER = ("/tokenize", "/detokenize")
+ROUTES = (encode, critic, openai, rerank, tei, vllm, tokens, residency, adapters, diff, ops)
 CLIENT_LEFT = 499  # nobody reads it; the log and the metrics show it
 
 
@@ -92,7 +114,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(Exception, _broken)
     app.state.shed = Shed(app.state.server, app.state.keys, HOT)
     hot = HotRoutes(app.build_middleware_stack(), HOT, app.exception_handlers)
-    inner: ASGIApp = Guard(hot, app.state.keys)
+    inner: ASGIApp = NamedPaths(Guard(hot, app.state.keys), (*HOT, *TOKENIZER))
     if settings.otlp_endpoint:
         inner = _traced(inner, settings.otlp_endpoint, app.state.server)
     state: ServerState = app.state.server

@@ -1,9 +1,11 @@
 """A request's body: read with a cap and a deadline, parsed strictly, validated off the loop."""
 
 import asyncio
+import difflib
 import gc
 import json
 import math
+import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,11 +13,12 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import jiter
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from starlette.requests import ClientDisconnect, Request
 
 from server.connection import CLIENT, Client
 from server.errors import RequestError
+from server.strict_model import StrictModel
 
 # A body of so many bytes takes a turn (server.turns) and is parsed in a worker thread, so that the
 # event loop answers meanwhile.
@@ -30,7 +33,9 @@ _PARSER_SAYS = (
     ("number out of range", "validation_error", "a number is out of range"),
 )
 
-Schema = TypeVar("Schema", bound=BaseModel)
+_NAMEABLE = re.compile(r"[A-Za-z0-9_.-]{1,40}")  # an unknown key that an answer may name
+
+Schema = TypeVar("Schema", bound=StrictModel)
 
 
 async def read_json(request: Request, schema: type[Schema], max_bytes: int) -> Schema:
@@ -119,16 +124,50 @@ def _too_large(max_bytes: int) -> RequestError:
 
 
 def parse(raw: bytes, schema: type[Schema], max_inputs: int) -> Schema:
+    """The body as `schema`; null counts as absent for every field that may be absent."""
     value = parse_json(raw)
     if not isinstance(value, dict):
         raise RequestError("validation_error", "the body must be a JSON object")
-    if value.keys() - schema.model_fields.keys():  # pydantic would list them all
-        known = ", ".join(schema.model_fields)
-        raise _unless_infinite(value, f"the body has an unknown key; known are {known}")
+    if schema.nested is not None and schema.nested in value:
+        value = _flat(value, schema.nested)
+    if None in value.values():
+        value = {key: item for key, item in value.items() if item is not None}
+    if value.keys() - schema.model_fields.keys():
+        value = _without_elsewhere(value, schema)
     try:
         return schema.model_validate(value, context={"max_inputs": max_inputs})
     except ValidationError as error:
         raise _validation_error(error, value) from error
+
+
+def _flat(value: dict[str, Any], key: str) -> dict[str, Any]:
+    """The body with the fields that its object at `key` holds; the body's own come first."""
+    inner = value[key] if value[key] is not None else {}
+    if not isinstance(inner, dict):
+        raise _unless_infinite(value, f"{key}: must be an object", field=key)
+    return inner | value
+
+
+def _without_elsewhere(value: dict[str, Any], schema: type[StrictModel]) -> dict[str, Any]:
+    """The body without other servers' fields, where they change nothing. Raises RequestError."""
+    for key in value.keys() - schema.model_fields.keys():
+        field = schema.elsewhere.get(key)
+        if field is None:
+            raise _unknown_key(value, key, schema)
+        if field.harmless is not None and value[key] not in field.harmless:
+            raise _unless_infinite(value, f"{key} is refused: {field.why}", field=key)
+    return {key: item for key, item in value.items() if key in schema.model_fields}
+
+
+def _unknown_key(value: dict[str, Any], key: str, schema: type[StrictModel]) -> RequestError:
+    """It names the key where that is a short plain word, and the field that is nearest to it."""
+    known = ", ".join(schema.model_fields)
+    if not _NAMEABLE.fullmatch(key):
+        return _unless_infinite(value, f"the body has an unknown key; known are {known}")
+    near = difflib.get_close_matches(key.lower(), schema.model_fields, n=1)
+    meant = f"; the nearest known is {near[0]}" if near else ""
+    sentence = f"{key} is an unknown key{meant}; known are {known}"
+    return _unless_infinite(value, sentence, field=key)
 
 
 def parse_json(raw: bytes) -> Any:
@@ -192,15 +231,28 @@ def _has_infinity(value: Any) -> bool:
 
 
 def _validation_error(error: ValidationError, value: Any) -> RequestError:
-    """The first fault as a sentence: a key that the schema knows, and what is wrong with it."""
+    """The first fault as a sentence: the field that it is in, and what is wrong with it."""
     first = error.errors(include_url=False, include_input=False)[0]
+    field = _field(first["loc"])
     cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, InputFault) and cause.code != "validation_error":
-        return RequestError(cause.code, cause.sentence, **cause.details)
-    if isinstance(cause, InputFault):
-        return _unless_infinite(value, cause.sentence, **cause.details)
-    key = str(first["loc"][0]) if first["loc"] else "body"
-    return _unless_infinite(value, f"{key}: {first['msg']}", key=key)
+    if not isinstance(cause, InputFault):
+        return _unless_infinite(value, f"{field or 'body'}: {first['msg']}", field=field or "body")
+    sentence = cause.sentence
+    details = {name: item for name, item in cause.details.items() if item is not None}
+    row, part = details.get("row"), details.get("field")
+    field = f"{field}.{part}" if field and part else part or field
+    field = field if row is None else f"{field}[{row}]"
+    if field:
+        sentence, details = f"{field}: {sentence}", details | {"field": field}
+    if cause.code == "validation_error":
+        return _unless_infinite(value, sentence, **details)
+    return RequestError(cause.code, sentence, **details)
+
+
+def _field(loc: tuple[int | str, ...]) -> str:
+    """`adapters[3]` of ("adapters", 3). Deeper parts can be keys of the client's: left out."""
+    index = f"[{loc[1]}]" if len(loc) > 1 and isinstance(loc[1], int) else ""
+    return f"{loc[0]}{index}" if loc else ""
 
 
 def _unless_infinite(value: Any, sentence: str, **details: Any) -> RequestError:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from adapters.errors import TrunklineError
+from server.named_path import route_path
 
 STATUS = {
     "malformed_request": 400,
@@ -11,6 +12,7 @@ STATUS = {
     "invalid_utf8": 400,
     "duplicate_key": 400,
     "non_finite_number": 400,
+    "token_ids_refused": 400,
     "unauthorized": 401,
     "forbidden": 403,
     "not_found": 404,
@@ -68,18 +70,44 @@ class ErrorAnswer:
     headers: dict[str, str]
 
 
+OPENAI_PREFIXES = ("/v1/", "/v2/")  # /v2/rerank: its clients know OpenAI's statuses too
+TEI_PATHS = {"/", "/embed", "/embed_all", "/similarity", "/predict", "/rerank"}
+# text-embeddings-inference has statuses of its own for these.
+_TEI_STATUS = {"sequence_too_long": 413, "overloaded": 429}
+# Its generated client knows these types and Validation, and fails over any other.
+_TEI_TYPES = {
+    "untokenizable_text": "Tokenizer",
+    "token_out_of_range": "Tokenizer",
+    "overloaded": "Overloaded",
+    "quota_exceeded": "Overloaded",
+    "draining": "Unhealthy",
+    "not_ready": "Unhealthy",
+    "non_finite_result": "Backend",
+    "internal_error": "Backend",
+    "deadline_exceeded": "Backend",
+}
+
+
 def error_answer(error: TrunklineError, path: str, request_id: str | None) -> ErrorAnswer:
     """The error in the shape, and with the status, that clients of this path expect."""
     seconds = error.details.get("retry_after_s")
     headers = {} if seconds is None else {"retry-after": str(seconds)}
-    if path.startswith("/v1/"):
+    path = route_path(path)
+    if path.startswith(OPENAI_PREFIXES):
         return ErrorAnswer(openai_status(error.code), openai_error_body(error), headers)
+    if path in TEI_PATHS:
+        return ErrorAnswer(tei_status(error.code), tei_error_body(error, request_id), headers)
     return ErrorAnswer(STATUS[error.code], error_body(error, request_id), headers)
 
 
 def openai_status(code: str) -> int:
     """Under /v1 a fault of the request is 400, never 422: OpenAI's clients know no other."""
     return 400 if STATUS[code] == 422 else STATUS[code]
+
+
+def tei_status(code: str) -> int:
+    """The status that text-embeddings-inference gives a fault of this kind."""
+    return _TEI_STATUS.get(code, STATUS[code])
 
 
 def error_body(error: TrunklineError, request_id: str | None) -> dict[str, Any]:
@@ -91,5 +119,11 @@ def error_body(error: TrunklineError, request_id: str | None) -> dict[str, Any]:
 def openai_error_body(error: TrunklineError) -> dict[str, Any]:
     """The shape of /v1: what the official client makes its exceptions of."""
     kind = "server_error" if STATUS[error.code] >= 500 else "invalid_request_error"
-    shape = {"message": error.message, "type": kind, "param": None, "code": error.code}
-    return {"error": shape}
+    param = error.details.get("field")
+    return {"error": {"message": error.message, "type": kind, "param": param, "code": error.code}}
+
+
+def tei_error_body(error: TrunklineError, request_id: str | None) -> dict[str, Any]:
+    """text-embeddings-inference's two keys, and beside them our own code and details."""
+    theirs = {"error": error.message, "error_type": _TEI_TYPES.get(error.code, "Validation")}
+    return theirs | {"code": error.code, "details": error.details, "request_id": request_id}

@@ -17,10 +17,10 @@ INFER, READ, ADMIN = ({"infer"}, {"infer", "admin"}, {"admin"})
 # Method and path -> the scopes of which one is needed; what matches nothing is an admin's.
 RULES = [
     (re.compile(r"POST /(encode|critic|classify|tokenize|detokenize|v1/embeddings)"), INFER),
-    (
-        re.compile(r"(GET|HEAD) /adapters/[\s\S]*/file/?"),
-        ADMIN,
-    ),  # weights are their owner's property
+    # The weights are their owner's property.
+    (re.compile(r"(GET|HEAD) /adapters/[\s\S]*/file/?"), ADMIN),
+    (re.compile(r"POST /((v[12]/)?rerank|similarity|embed|embed_all|predict)?"), INFER),
+    (re.compile(r"(GET|HEAD) /v1/models/[\s\S]+"), READ),
     (re.compile(r"(GET|HEAD) /(adapters(/[\s\S]*)?|diff|v1/models|info)"), READ),
     (re.compile(r"GET /metrics"), {"metrics", "admin"}),
 ]

@@ -24,13 +24,37 @@ class Encoded:
     truncated: bool
 
 
+@dataclass(frozen=True)
+class Cut:
+    """Rows are cut to `tokens`: their end is cut off, or with `left` their beginning.
+
+    A [CLS] (the id `cls`) at the front of a row stays there, because the sequence head and pooling
+    by cls read the row's first token.
+    """
+
+    tokens: int
+    left: bool = False
+    cls: int | None = None
+    first_row: int | None = None  # another length for row 0: a query before its documents
+
+    def parts(self, ids: Sequence[int] | Ids, row: int) -> tuple[int, int]:
+        """(head, tail): ids[:head] and ids[tail:] stay."""
+        most = self.first_row if row == 0 and self.first_row is not None else self.tokens
+        if len(ids) <= most:
+            return len(ids), len(ids)
+        if not self.left:
+            return most, len(ids)
+        head = 1 if most > 1 and ids[0] == self.cls else 0
+        return head, len(ids) - most + head
+
+
 async def encode_inputs(
     inputs: Sequence[str | Ids],
     tokenizer: Tokenizer,
-    limit: int | None,
+    cut: Cut | None,
     most: int | None = None,
 ) -> list[Encoded]:
-    """One Encoded an input, cut to `limit` tokens; None cuts nothing.
+    """One Encoded an input; None cuts nothing.
 
     Raises SequenceTooLong, before it is tokenised, for a text whose length alone shows that it has
     over `most` tokens; UntokenizableText, or EmptyInput for a text that has no tokens.
@@ -39,8 +63,8 @@ async def encode_inputs(
         _refuse_too_long(inputs, tokenizer, most)
     characters = sum(len(item) for item in inputs if isinstance(item, str))
     if characters <= INLINE_CHARACTERS:
-        return _encode_all(inputs, tokenizer, limit)
-    return await asyncio.to_thread(_encode_all, inputs, tokenizer, limit)
+        return _encode_all(inputs, tokenizer, cut)
+    return await asyncio.to_thread(_encode_all, inputs, tokenizer, cut)
 
 
 def _refuse_too_long(inputs: Sequence[str | Ids], tokenizer: Tokenizer, most: int) -> None:
@@ -48,7 +72,7 @@ def _refuse_too_long(inputs: Sequence[str | Ids], tokenizer: Tokenizer, most: in
         least = tokenizer.least_tokens(item) if isinstance(item, str) else 0
         if least > most:
             raise errors.SequenceTooLong(
-                f"a row has at least {least} tokens; block_size is {most}",
+                f"the row has at least {least} tokens; block_size is {most}",
                 row=row,
                 tokens=least,
                 limit=most,
@@ -56,22 +80,33 @@ def _refuse_too_long(inputs: Sequence[str | Ids], tokenizer: Tokenizer, most: in
 
 
 def _encode_all(
-    inputs: Sequence[str | Ids], tokenizer: Tokenizer, limit: int | None
+    inputs: Sequence[str | Ids], tokenizer: Tokenizer, cut: Cut | None
 ) -> list[Encoded]:
-    return [_encode(item, row, tokenizer, limit) for row, item in enumerate(inputs)]
+    return [_encode(item, row, tokenizer, cut) for row, item in enumerate(inputs)]
 
 
-def _encode(item: str | Ids, row: int, tokenizer: Tokenizer, limit: int | None) -> Encoded:
+def _encode(item: str | Ids, row: int, tokenizer: Tokenizer, cut: Cut | None) -> Encoded:
     if not isinstance(item, str):
-        return Encoded(item[:limit], None, None, limit is not None and len(item) > limit)
+        return _cut_ids(item, row, cut)
     try:
         tokens = tokenizer.encode(item)
     except UntokenizableText as error:
         raise errors.UntokenizableText(str(error), row=row, offset=error.offset) from error
     if not tokens.ids:
-        raise errors.EmptyInput("a text has no tokens", row=row)
-    ids = np.array(tokens.ids[:limit], dtype=np.int64)
-    return Encoded(ids, item, tokens.offsets[:limit], len(ids) < len(tokens.ids))
+        raise errors.EmptyInput("the text has no tokens", row=row)
+    ids, offsets = tokens.ids, tokens.offsets
+    head, tail = cut.parts(ids, row) if cut else (len(ids), len(ids))
+    if head == len(ids):
+        return Encoded(np.array(ids, dtype=np.int64), item, offsets, False)
+    kept = np.array(ids[:head] + ids[tail:], dtype=np.int64)
+    return Encoded(kept, item, offsets[:head] + offsets[tail:], True)
+
+
+def _cut_ids(ids: Ids, row: int, cut: Cut | None) -> Encoded:
+    head, tail = cut.parts(ids, row) if cut else (len(ids), len(ids))
+    if head == len(ids):
+        return Encoded(ids, None, None, False)
+    return Encoded(np.concatenate((ids[:head], ids[tail:])), None, None, True)
 
 
 def token_entries(encoded: Encoded, tokenizer: Tokenizer) -> list[dict[str, object]]:

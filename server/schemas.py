@@ -4,11 +4,9 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
     FailFast,
     Field,
+    PlainValidator,
     ValidationInfo,
     WithJsonSchema,
     model_validator,
@@ -17,6 +15,8 @@ from pydantic import (
 from adapters.names import NAME_PATTERN
 from server.bodies import InputFault
 from server.engine.job import Ids
+from server.number_formats import DType
+from server.strict_model import StrictModel
 
 REFERENCE_PATTERN = NAME_PATTERN.removesuffix("$") + "(@[a-z0-9][a-z0-9._:-]*)?$"
 MAX_ADAPTERS = 256  # of one request
@@ -30,44 +30,70 @@ OUTPUTS = (
 Pooling = Literal["mean", "cls", "last"]
 
 
-def parse_inputs(value: Any, info: ValidationInfo) -> list[str | Ids]:
+class Rows(list[str | Ids]):
+    """The rows of a request; `single` where it gave one row and not a list of rows."""
+
+    single = False
+
+
+def parse_inputs(value: Any, info: ValidationInfo) -> Rows:
     """The four shapes of `inputs` as a list of rows, in one pass. Raises InputFault.
 
     Too many rows are refused by their number, before any is made.
     """
     if isinstance(value, str):
-        return [_text(value)]
+        return _one(_text(value))
     if not isinstance(value, list):
-        raise InputFault(
-            "validation_error", "inputs must be a text, a list of ids, or a list of those"
-        )
+        raise InputFault("validation_error", "must be a text, a list of ids, or a list of those")
     if not value:
-        raise InputFault("empty_input", "inputs is empty")
+        raise InputFault("empty_input", "the list is empty")
     if type(value[0]) is int:
-        return [_ids(value, None)]
+        return _one(_ids(value, None))
     for row, item in enumerate(value):
         if not isinstance(item, str | list):
-            raise InputFault(
-                "validation_error", "a row of inputs is neither a text nor a list of ids", row=row
-            )
-    limit = (info.context or {}).get("max_inputs", len(value))
-    if len(value) > limit:
-        sentence = f"the request has {len(value)} rows; the limit is {limit}"
-        raise InputFault("too_many_inputs", sentence, limit=limit)
-    return [
+            raise InputFault("validation_error", "neither a text nor a list of ids", row=row)
+    check_rows(len(value), info)
+    return Rows(
         _text(item, i) if isinstance(item, str) else _ids(item, i) for i, item in enumerate(value)
-    ]
+    )
+
+
+def parse_texts(value: Any, info: ValidationInfo) -> Rows:
+    """A list of texts. Raises InputFault."""
+    if not isinstance(value, list):
+        raise InputFault("validation_error", "must be a list of texts")
+    if not value:
+        raise InputFault("empty_input", "the list is empty")
+    for row, item in enumerate(value):
+        if not isinstance(item, str):
+            raise InputFault("validation_error", "must be a text", row=row)
+    check_rows(len(value), info)
+    return Rows(_text(item, row) for row, item in enumerate(value))
+
+
+def check_rows(rows: int, info: ValidationInfo) -> None:
+    """Raises InputFault for more rows than a request may have."""
+    limit = (info.context or {}).get("max_inputs", rows)
+    if rows > limit:
+        sentence = f"{rows} rows are more than max_inputs, {limit}"
+        raise InputFault("too_many_inputs", sentence, limit=limit, setting="max_inputs")
+
+
+def _one(row: str | Ids) -> Rows:
+    rows = Rows((row,))
+    rows.single = True
+    return rows
 
 
 def _text(value: str, row: int | None = None) -> str:
     if not value:
-        raise InputFault("empty_input", "a text is empty", row=row)
+        raise InputFault("empty_input", "the text is empty", row=row)
     return value
 
 
 def _ids(value: list[Any], row: int | None) -> Ids:
     if not value:
-        raise InputFault("empty_input", "a row of inputs is empty", row=row)
+        raise InputFault("empty_input", "the row is empty", row=row)
     if set(map(type, value)) != {int}:
         raise InputFault("validation_error", "token ids must be integers", row=row)
     try:
@@ -76,26 +102,26 @@ def _ids(value: list[Any], row: int | None) -> Ids:
         raise InputFault("token_out_of_range", "a token id is out of any range", row=row) from error
 
 
-_TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
-_IDS: dict[str, Any] = {
+TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
+IDS: dict[str, Any] = {
     "type": "array",
     "items": {"type": "integer", "minimum": 0},
     "minItems": 1,
 }
 
 
-def _rows_schema(text: str, *rows: dict[str, Any]) -> WithJsonSchema:
+def rows_schema(text: str, *rows: dict[str, Any]) -> WithJsonSchema:
     """One of `rows`, or a list of them."""
     lists = {"type": "array", "items": {"anyOf": list(rows)}, "minItems": 1}
     return WithJsonSchema({"anyOf": [*rows, lists], "description": text})
 
 
-_Parsed = Annotated[list[Any], BeforeValidator(parse_inputs)]
+_Parsed = Annotated[Rows, PlainValidator(parse_inputs)]
 Inputs = Annotated[
-    _Parsed, _rows_schema("A text, a list of token ids, or a list of either.", _TEXT, _IDS)
+    _Parsed, rows_schema("A text, a list of token ids, or a list of either.", TEXT, IDS)
 ]
-Texts = Annotated[_Parsed, _rows_schema("A text, or a list of texts.", _TEXT)]
-IdRows = Annotated[_Parsed, _rows_schema("A list of token ids, or a list of those.", _IDS)]
+Texts = Annotated[_Parsed, rows_schema("A text, or a list of texts.", TEXT)]
+IdRows = Annotated[_Parsed, rows_schema("A list of token ids, or a list of those.", IDS)]
 Reference = Annotated[
     str,
     Field(
@@ -103,10 +129,6 @@ Reference = Annotated[
         json_schema_extra={"pattern": REFERENCE_PATTERN},
     ),
 ]
-
-
-class StrictModel(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
 
 
 class InferenceRequest(StrictModel):
@@ -144,6 +166,7 @@ class EncodeRequest(InferenceRequest):
     layer: Annotated[int, Field(ge=1)] | None = None
     top_k: Annotated[int, Field(ge=1, le=1000)] = 5
     encoding_format: Literal["float", "base64"] = "float"
+    dtype: DType = "float32"
 
 
 class CriticRequest(InferenceRequest):
@@ -152,16 +175,6 @@ class CriticRequest(InferenceRequest):
 
 class ClassifyRequest(InferenceRequest):
     top_k: Annotated[int, Field(ge=1)] | None = None
-
-
-class EmbeddingsRequest(StrictModel):
-    """OpenAI's shape."""
-
-    model: Reference
-    input: Inputs
-    encoding_format: Literal["float", "base64"] = "float"
-    dimensions: Annotated[int, Field(ge=1)] | None = None
-    user: str | None = None
 
 
 class TokenizeRequest(StrictModel):

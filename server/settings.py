@@ -131,6 +131,10 @@ class Settings(BaseModel):
     receive_timeout_s: float = Field(
         30.0, gt=0, description="Seconds a body may take to arrive; beyond: 408."
     )
+    openai_token_ids: Literal["accept", "refuse"] = Field(
+        "refuse",
+        description="Token ids as input of /v1/embeddings; clients send another tokenizer's.",
+    )
     drain_window_s: float = Field(
         0.0, ge=0, description="Seconds that a stopping server still accepts connections."
     )

@@ -20,6 +20,7 @@ from server.errors import error_answer
 from server.guard import may_ask, may_use
 from server.keys import Caller, KeyRing
 from server.middleware import note_answer, request_id_of
+from server.named_path import route_path, split_path
 from server.schemas import MAX_ADAPTERS
 from server.state import ServerState
 
@@ -31,6 +32,8 @@ class _Named(msgspec.Struct):
     adapters: list[str] | None = None
     model: str | None = None  # in OpenAI's shape
 
+
+BY_MODEL = {"/v1/embeddings"}  # where `model` names the adapter
 
 _NAMED = msgspec.json.Decoder(_Named)
 
@@ -51,7 +54,7 @@ class Shed:
         if not engine.admission.crowded or not engine.ready:
             return None
         began = time.monotonic()
-        if scope["method"] != "POST" or scope["path"] not in self._paths:
+        if scope["method"] != "POST" or route_path(scope["path"]) not in self._paths:
             return None
         references = _references(scope, body, self._state.backbone.id)
         error = self._error(scope, references) if references else None
@@ -80,12 +83,13 @@ class Shed:
         headers = [(b"content-type", b"application/json"), (b"x-request-id", request_id)]
         headers += [(name.encode(), value.encode()) for name, value in answer.headers.items()]
         facts = {"request_id": request_id.decode()}  # no task's context has it
-        note_answer(self._state.metrics, scope, scope["path"], answer.status, began, lambda: facts)
+        route = route_path(scope["path"])
+        note_answer(self._state.metrics, scope, route, answer.status, began, lambda: facts)
         return Refusal(answer.status, headers, orjson.dumps(answer.body), last=self._state.draining)
 
 
 def _allowed(caller: Caller, scope: Scope, references: Collection[str | None]) -> bool:
-    return may_ask(caller, scope["method"], scope["path"]) and all(
+    return may_ask(caller, scope["method"], route_path(scope["path"])) and all(
         may_use(caller, reference) for reference in references
     )
 
@@ -100,10 +104,27 @@ def _references(scope: Scope, body: bytes, backbone_id: str) -> Collection[str |
         named = _NAMED.decode(body)
     except (msgspec.DecodeError, RecursionError):
         return ()
-    if scope["path"].startswith("/v1/"):
+    return _of_route(scope["path"], named, backbone_id)
+
+
+def _of_route(path: str, named: _Named, backbone_id: str) -> Collection[str | None]:
+    """What counts on this route: the path's reference, or `model`, or `adapter` or `adapters`."""
+    parts = split_path(path)
+    if parts is not None:
+        return _unless_another(parts.reference, named)
+    if path in BY_MODEL:
         return (named.model,) if named.model not in (None, backbone_id) else ()
+    if named.model is not None:  # a rerank route decides by rules of its own
+        return ()
     if named.adapters is None:
         return (named.adapter,)
     if named.adapter is not None or len(named.adapters) > MAX_ADAPTERS:
         return ()
     return set(named.adapters)
+
+
+def _unless_another(reference: str, named: _Named) -> Collection[str | None]:
+    """The path's reference, unless the body names an adapter otherwise: that is a fault."""
+    if named.adapters is not None or named.adapter not in (None, reference):
+        return ()
+    return (reference,)

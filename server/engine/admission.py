@@ -113,15 +113,16 @@ class Admission:
     ) -> tuple[list[Job], Reply]:
         """One job a row. Raises a TrunklineError, and then holds nothing."""
         if ask.layer > self.config.n_layer:
-            raise BadInput(f"layer must be 1 to {self.config.n_layer}")
-        for row in rows:
-            self._check_ids(row.ids)
+            raise BadInput(f"layer must be 1 to {self.config.n_layer}", field="layer")
+        for index, row in enumerate(rows):
+            self._check_ids(row.ids, index)
         tokens = sum(len(row.ids) for row in rows)
         if tokens > self.max_request_tokens:
             raise TooManyTokens(
-                f"the request has {tokens} tokens; the limit is {self.max_request_tokens}",
+                f"the request has {tokens} tokens; max_request_tokens is {self.max_request_tokens}",
                 tokens=tokens,
                 limit=self.max_request_tokens,
+                setting="max_request_tokens",
             )
         references = {row.adapter for row in rows}
         most_s = min(self.max_wait_s, deadline - time.monotonic())
@@ -169,7 +170,11 @@ class Admission:
     def _version(self, reference: str | None) -> Version | None:
         if reference is None or reference == BASE:
             return None
-        return self.library.version(reference)
+        try:
+            return self.library.version(reference)
+        except TrunklineError as error:
+            error.details["adapter"] = reference
+            raise
 
     def _lease_all(
         self, references: Collection[str | None], rows: Sequence[Row], ask: Ask
@@ -183,7 +188,8 @@ class Admission:
                 else:
                     leases[reference] = self.library.lease(reference)
                 self._check_heads(leases[reference], reference, rows, ask)
-        except TrunklineError:
+        except TrunklineError as error:
+            error.details["adapter"] = reference or BASE
             _release_all(leases)
             raise
         return leases
@@ -242,10 +248,11 @@ class Admission:
         self.permits.give_back(tokens)
         shared.row_done()
 
-    def _check_ids(self, ids: Ids) -> None:
+    def _check_ids(self, ids: Ids, row: int) -> None:
         if len(ids) > self.config.block_size:
             raise SequenceTooLong(
-                f"a row has {len(ids)} tokens; block_size is {self.config.block_size}",
+                f"the row has {len(ids)} tokens; block_size is {self.config.block_size}",
+                row=row,
                 tokens=len(ids),
                 limit=self.config.block_size,
             )
@@ -253,5 +260,6 @@ class Admission:
         if ids.view(np.uint64).max() >= self.config.vocab_size:
             raise TokenOutOfRange(
                 f"token ids must be 0 to {self.config.vocab_size - 1}",
+                row=row,
                 index=int(np.flatnonzero((ids < 0) | (ids >= self.config.vocab_size))[0]),
             )

@@ -68,7 +68,9 @@ async def encode(request: Request) -> Response:
     accept = header(request, b"accept")
     form = _embedding_form(body, state)
     if OCTET_STREAM in accept and body.outputs != ["embedding"]:
-        raise BadInput(f"{OCTET_STREAM} carries embeddings alone: leave out other outputs")
+        raise BadInput(
+            f"{OCTET_STREAM} carries embeddings alone: leave out other outputs", field="outputs"
+        )
     answered = await answer(request, body, _ask(body, state))
     return await built(answered.values, lambda: _response(answered, form, accept, state))
 
@@ -85,13 +87,15 @@ def _response(answered: Answered, form: EmbeddingForm, accept: str, state: Serve
 
 def _embedding_form(body: EncodeRequest, state: ServerState) -> EmbeddingForm:
     check_dimensions(body.dimensions, state)
-    return EmbeddingForm(body.dimensions, body.normalize, body.encoding_format == "base64")
+    as_base64 = body.encoding_format == "base64"
+    return EmbeddingForm(body.dimensions, body.normalize, as_base64, body.dtype)
 
 
 def check_dimensions(dimensions: int | None, state: ServerState) -> None:
     """Raises BadInput for more dimensions than a row has."""
     if dimensions is not None and dimensions > state.backbone.config.n_embd:
-        raise BadInput(f"dimensions must be 1 to {state.backbone.config.n_embd}")
+        sentence = f"dimensions must be 1 to {state.backbone.config.n_embd}"
+        raise BadInput(sentence, field="dimensions", limit=state.backbone.config.n_embd)
 
 
 def _ask(body: EncodeRequest, state: ServerState) -> Ask:

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Sequence
+from dataclasses import replace
 
 from starlette.requests import ClientDisconnect, Request
 
@@ -11,20 +12,67 @@ from server.answer_size import check_values, values_of
 from server.answers import Answered
 from server.connection import CLIENT, Client
 from server.engine.admission import Row
-from server.engine.errors import DeadlineExceeded, TooManyInputs
+from server.engine.errors import BadInput, DeadlineExceeded, TooManyInputs
 from server.engine.job import Ask, Ids, Result
+from server.errors import RequestError
 from server.guard import caller_of, check_adapter
-from server.inputs import encode_inputs
+from server.inputs import Cut, encode_inputs
+from server.locating import Place, located
 from server.logs import FACTS
+from server.named_path import reference_of
 from server.schemas import InferenceRequest
 from server.state import ServerState, state_of
 
 
 async def answer(request: Request, body: InferenceRequest, ask: Ask) -> Answered:
     """Every input under every adapter, inputs outermost."""
-    return await answer_inputs(
-        request, body.inputs, body.references, ask, body.truncate, body.timeout_ms
+    references = body.references
+    named = reference_of(request.scope)
+    if named is not None:
+        references = [chosen(named, body.adapter, body.adapters)]
+    fan_out = body.adapters is not None
+    place = Place(
+        single=body.inputs.single, adapter="adapters" if fan_out else "adapter", fan_out=fan_out
     )
+    cut = cut_to_block(state_of(request)) if body.truncate else None
+    return await answer_inputs(request, body.inputs, references, ask, place, cut, body.timeout_ms)
+
+
+def chosen(named: str, adapter: str | None, adapters: Sequence[str] | None = None) -> str:
+    """The reference that the request's path names. Raises BadInput where the body names another."""
+    if adapters is not None:
+        raise BadInput("adapters: the path names the adapter already", field="adapters")
+    if adapter not in (None, named):
+        raise BadInput("adapter: the path names another adapter", field="adapter")
+    return named
+
+
+def reference_for(request: Request, adapter: str | None) -> str | None:
+    """The adapter of a request that can name one: the path's, else the body's."""
+    named = reference_of(request.scope)
+    return adapter if named is None else chosen(named, adapter)
+
+
+def cut_of(
+    state: ServerState, truncate: bool, tokens: int | None, left: bool, field: str
+) -> Cut | None:
+    """The cut of a request that may name its tokens, in `field`; -1 is the trunk's limit.
+
+    Raises BadInput for more than that limit.
+    """
+    limit = state.backbone.config.block_size
+    if tokens is None:
+        return cut_to_block(state, left) if truncate else None
+    if tokens == 0 or tokens > limit:
+        sentence = f"{field}: must be 1 to block_size, {limit}, or -1 for that"
+        raise BadInput(sentence, field=field, limit=limit)
+    return replace(cut_to_block(state, left), tokens=limit if tokens == -1 else tokens)
+
+
+def cut_to_block(state: ServerState, left: bool = False) -> Cut:
+    """The cut that `truncate` means: to the trunk's limit."""
+    config = state.backbone.config
+    return Cut(config.block_size, left, config.cls_token_id)
 
 
 async def answer_inputs(
@@ -32,18 +80,21 @@ async def answer_inputs(
     inputs: Sequence[str | Ids],
     references: Sequence[str | None],
     ask: Ask,
-    truncate: bool = False,
+    place: Place,
+    cut: Cut | None = None,
     timeout_ms: int | None = None,
 ) -> Answered:
-    for reference in references:
-        check_adapter(request, reference)
+    """Every input under every reference; `place` says what the request calls them in an error."""
     state = state_of(request)
     received: float = request.scope["state"]["received"]
+    _check_adapters(request, references, place)
     _check_count(len(inputs) * len(references), state)
     began = time.monotonic()
-    block_size = state.backbone.config.block_size
-    limit, most = (block_size, None) if truncate else (None, block_size)
-    encoded = await encode_inputs(inputs, state.backbone.tokenizer, limit, most)
+    most = None if cut else state.backbone.config.block_size
+    try:
+        encoded = await encode_inputs(inputs, state.backbone.tokenizer, cut, most)
+    except TrunklineError as error:
+        raise located(error, place, references) from error
     tokenize_s = time.monotonic() - began
     if any(item.text is not None for item in encoded):
         state.metrics.tokenize_seconds.observe(tokenize_s)
@@ -51,14 +102,36 @@ async def answer_inputs(
     values = values_of([row.ids for row in rows], ask, state.backbone.config)
     check_values(values, state.settings.max_answer_values)
     timeout_s = (timeout_ms or state.settings.default_timeout_ms) / 1e3
-    results = await _run(request, rows, ask, received + timeout_s)
-    if all(result.error is not None for result in results):
-        assert results[0].error is not None
-        raise results[0].error
+    try:
+        results = await _run(request, rows, ask, received + timeout_s)
+    except TrunklineError as error:
+        raise located(error, place, references, len(references)) from error
+    _demand_a_result(results, place, references)
     spread = [item for item in encoded for _ in references]
     answered = Answered(spread, results, received, tokenize_s * 1e3, values)
     request.scope["state"][FACTS] = answered.facts
     return answered
+
+
+def _demand_a_result(
+    results: Sequence[Result], place: Place, references: Sequence[str | None]
+) -> None:
+    """Raises the first row's error where no row has a result."""
+    error = results[0].error
+    if error is not None and all(result.error is not None for result in results):
+        first = TrunklineError(error.message, **error.details | {"row": 0})
+        first.code = error.code
+        raise located(first, place, references, len(references))
+
+
+def _check_adapters(request: Request, references: Sequence[str | None], place: Place) -> None:
+    """Raises RequestError where the request's key may not use one of these."""
+    for index, reference in enumerate(references):
+        try:
+            check_adapter(request, reference)
+        except RequestError as error:
+            error.details["field"] = place.of_adapter(index)
+            raise
 
 
 async def _run(request: Request, rows: list[Row], ask: Ask, deadline: float) -> list[Result]:
@@ -81,7 +154,8 @@ async def _run(request: Request, rows: list[Row], ask: Ask, deadline: float) -> 
 def _check_count(rows: int, state: ServerState) -> None:
     limit = state.settings.max_inputs
     if rows > limit:
-        raise TooManyInputs(f"the request has {rows} rows; the limit is {limit}", limit=limit)
+        sentence = f"the request has {rows} rows; max_inputs is {limit}"
+        raise TooManyInputs(sentence, limit=limit, setting="max_inputs")
 
 
 async def _unless_client_leaves(request: Request, work: Awaitable[list[Result]]) -> list[Result]:

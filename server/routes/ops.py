@@ -14,6 +14,7 @@ from server.answers import JSONAnswer
 from server.engine.errors import Draining, NotReady
 from server.routes.documented import READ, errors, ok, public_errors
 from server.state import state_of
+from server.tei_info import tei_info
 
 MAX_LISTED = 100  # unusable adapter files in /ready's details
 EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
@@ -98,6 +99,7 @@ async def info(request: Request) -> Response:
             "leases": state.library.leases.total,
             "limits": limits | {"block_size": backbone.config.block_size},
         }
+        | tei_info(request)
     )
 
 

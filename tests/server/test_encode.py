@@ -337,7 +337,7 @@ def test_other_accept_headers_get_json(client: httpx.Client, accept: str) -> Non
 def test_too_long_is_refused_with_length_and_limit(client: httpx.Client, inputs: object) -> None:
     error = error_of(client, 422, inputs=inputs)
     assert error["code"] == "sequence_too_long"
-    assert error["details"] == {"tokens": 65, "limit": 64}
+    assert error["details"] == {"row": 0, "field": "inputs", "tokens": 65, "limit": 64}
 
 
 def test_truncate_cuts_to_block_size_and_says_so(client: httpx.Client, tiny: Oracle) -> None:
