@@ -67,21 +67,21 @@ class TokenState(Token):
 class CriticToken(Token):
     """A token with what the critic head says about it."""
 
-    logit: float = Field(description="The critic head's value: higher is more likely wrong.")
-    wrongness: float = Field(description="The probability that the token is wrong, calibrated.")
+    logit: float | None = Field(description="The critic head's value: higher is more likely wrong.")
+    wrongness: float | None = Field(description="The probability that the token is wrong, calibrated.")
 
 
 class CriticValue(BaseModel):
     """What the critic head says about the token at the same place of `tokens` of /tokenize."""
 
-    logit: float = Field(description="The critic head's value: higher is more likely wrong.")
-    wrongness: float = Field(description="The probability that the token is wrong, calibrated.")
+    logit: float | None = Field(description="The critic head's value: higher is more likely wrong.")
+    wrongness: float | None = Field(description="The probability that the token is wrong, calibrated.")
 
 
 class Critic(BaseModel):
     """The critic's judgement of a row."""
 
-    score: float = Field(description="The mean wrongness of the row's tokens.")
+    score: float | None = Field(description="The mean wrongness of the row's tokens.")
     sequence_score: float | None = Field(
         description="The sequence head's value; null without that head, or without a first [CLS]."
     )
@@ -141,7 +141,7 @@ class CriticRow(BaseModel):
     index: int
     adapter: AdapterVersion | None = Field(description="null: the backbone alone.")
     truncated: bool = Field(description="Whether the input was cut to block_size.")
-    score: float = Field(description="The mean wrongness of the row's tokens.")
+    score: float | None = Field(description="The mean wrongness of the row's tokens.")
     sequence_score: float | None = Field(
         description="The sequence head's value; null without that head, or without a first [CLS]."
     )
