@@ -146,7 +146,7 @@ async def serving(backbone: Path, folder: Path) -> AsyncIterator[Server]:
         ({"model": "x", "input": "a"}, {"path": "/as/plain/-/v1/embeddings"}, "overloaded", True),
         (PLAIN | {"adapter": "full"}, {"path": "/as/plain/-/encode"}, "validation_error", False),
         (PLAIN, {"path": "/as/plain/-/encode", "key": "another's"}, "forbidden", False),
-        (PLAIN, {"path": "/as/plain/-/adapters"}, "forbidden", False),
+        (PLAIN, {"path": "/as/plain/-/adapters"}, None, False),
         (PLAIN, {"key": "nobody's"}, "unauthorized", False),
         (PLAIN, {"key": "metrics"}, "forbidden", False),
         (PLAIN, {"key": "another's"}, "forbidden", False),
