@@ -68,14 +68,18 @@ class CriticToken(Token):
     """A token with what the critic head says about it."""
 
     logit: float | None = Field(description="The critic head's value: higher is more likely wrong.")
-    wrongness: float | None = Field(description="The probability that the token is wrong, calibrated.")
+    wrongness: float | None = Field(
+        description="The probability that the token is wrong, calibrated."
+    )
 
 
 class CriticValue(BaseModel):
     """What the critic head says about the token at the same place of `tokens` of /tokenize."""
 
     logit: float | None = Field(description="The critic head's value: higher is more likely wrong.")
-    wrongness: float | None = Field(description="The probability that the token is wrong, calibrated.")
+    wrongness: float | None = Field(
+        description="The probability that the token is wrong, calibrated."
+    )
 
 
 class Critic(BaseModel):

@@ -6,7 +6,7 @@ from pydantic import BaseModel, Field
 
 from adapters.slots import PoolStats
 from model.config import GPTConfig
-from server.answer_shapes.tei_info import TeiInfo
+from server.answer_shapes.tei import TeiInfo
 
 
 class Health(BaseModel):

@@ -35,7 +35,9 @@ router = APIRouter(prefix="/v1", tags=["adapters"])
     "/load_lora_adapter",
     responses=openai_errors(*BODY, *UPLOAD)
     | ok(LoadedLora, says.LOADED_EXAMPLE, says="It is served."),
-    openapi_extra=json_body(LoadLoraRequest),
+    openapi_extra=json_body(
+        LoadLoraRequest, file={"lora_name": "my-adapter", "lora_path": "verses.safetensors"}
+    ),
 )
 async def load_lora_adapter(request: Request) -> Response:
     """Publish an adapter file or a PEFT folder below the import root under a name.
@@ -61,7 +63,7 @@ async def load_lora_adapter(request: Request) -> Response:
     responses=openai_errors(*BODY, "adapter_not_found", "read_only", "storage_full")
     | ok(UnloadedLora, says.UNLOADED_EXAMPLE, says="It is gone.")
     | ok(UnloadedLora, {"status": "success", "in_flight": 2}, status=202, says="In use yet."),
-    openapi_extra=json_body(UnloadLoraRequest),
+    openapi_extra=json_body(UnloadLoraRequest, name={"lora_name": "my-adapter"}),
 )
 async def unload_lora_adapter(request: Request) -> Response:
     """Unpublish a name: 202 while requests use it, else 200."""
