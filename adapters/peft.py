@@ -43,6 +43,7 @@ _LORA = re.compile(
 _WRAPPED = re.compile(r"\.modules_to_save\.[^.]{1,100}(?=\.)")
 _SAVED = re.compile(
     r"transformer\.(h\.[0-9]{1,6}\.ln_[12]|ln_f)\.(weight|bias)|critic_head\.weight"
+    r"|sequence_head\.(base_predictor\.weight|[AB])"
 )
 _LORA_OUT = re.compile(r"(transformer\.h\.[0-9]+\.)([a-z]+\.lora_[a-z]+)\.([AB])\.weight")
 
@@ -85,11 +86,10 @@ def convert(folder: PeftFolder, backbone: Backbone) -> Converted:
         "lora_alpha": repr(alpha),
     }
     manifest = _validated(AdapterSet(tensors, metadata, ""), backbone)
-    saved_modules = [*manifest.norms, *(["critic_head"] if manifest.critic else [])]
     report = {
         "from": "peft",
         "lora": sum(map(len, manifest.ranks.values())),
-        "saved": saved_modules,
+        "saved": [*manifest.norms, *_heads(manifest)],
         "lora_alpha": alpha,
         "folded": folded,
         "dropped": list(config.dropped),
@@ -123,16 +123,14 @@ def import_peft(folder: Path, backbone: Backbone, out: Path) -> Manifest:
 def export_peft(file: Path, backbone: Backbone, out: Path) -> list[str]:
     """Make the PEFT folder `out` of an adapter file, for model.gpt.GPT of the backbone.
 
-    Returns the names of the tensors that PEFT has no place for: calibration, classifier, sequence
-    head, CLS embedding, and the critic head where the GPT has none. Raises PeftRefused or Invalid.
+    Returns the names of the tensors that PEFT has no place for: calibration, classifier, CLS
+    embedding, and a head that the backbone's GPT has not. Raises PeftRefused or Invalid.
     """
     adapter = read_adapter(file)
     manifest = _validated(adapter, backbone)
     if not manifest.ranks:
         raise PeftRefused(f"{file} has no LoRA tensors, and PEFT's LoRA can't be without")
-    modules = list(manifest.norms)
-    if manifest.critic and backbone.config.add_critic_head:
-        modules.append("critic_head")
+    modules = manifest.norms + [head for head in _heads(manifest) if _gpt_has(head, backbone)]
     tensors = _tensors_there(adapter, modules)
     kept = {key: adapter.metadata[key] for key in _DESCRIBING if key in adapter.metadata}
     metadata = kept | {"format": "pt", "base_digest": backbone.digest}
@@ -141,6 +139,18 @@ def export_peft(file: Path, backbone: Backbone, out: Path) -> list[str]:
     (out / TENSOR_FILE).write_bytes(adapter_bytes(tensors, metadata))
     (out / CONFIG_FILE).write_text(config + "\n", "utf-8")
     return sorted(name for name in adapter.tensors if _name_there(name, modules) is None)
+
+
+def _heads(manifest: Manifest) -> list[str]:
+    """The heads that PEFT saves as modules of their own."""
+    carried = {"critic_head": manifest.critic, "sequence_head": manifest.sequence_head}
+    return [head for head, is_carried in carried.items() if is_carried]
+
+
+def _gpt_has(head: str, backbone: Backbone) -> bool:
+    if head == "critic_head":
+        return backbone.config.add_critic_head
+    return backbone.config.cls_token_id is not None
 
 
 def _validated(adapter: AdapterSet, backbone: Backbone) -> Manifest:
@@ -189,7 +199,9 @@ def _name_here(name: str) -> str | None:
         raise _unsaid(f"DoRA on {module} can't be expressed: train with use_dora=False")
     if ".lora_" in plain:
         raise _unsaid(f"LoRA on {module} can't be expressed, only on {', '.join(SITES)} of a layer")
-    raise _unsaid(f"{module} can't be saved in an adapter set, only LayerNorms and critic_head")
+    raise _unsaid(
+        f"{module} can't be saved in an adapter set, only LayerNorms, critic_head and sequence_head"
+    )
 
 
 def _unsaid(sentence: str) -> PeftRefused:
@@ -231,7 +243,8 @@ def _name_there(name: str, modules: Sequence[str]) -> str | None:
     match = _LORA_OUT.fullmatch(name)
     if match:
         return f"{_PREFIX}{match[1]}{_linear(match[2])}.lora_{match[3]}.weight"
-    return f"{_PREFIX}{name}" if name.rpartition(".")[0] in modules else None
+    saved = any(name.startswith(f"{module}.") for module in modules)
+    return f"{_PREFIX}{name}" if saved else None
 
 
 def _linear(site: str) -> str:

@@ -17,12 +17,12 @@ from starlette.responses import Response
 from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-import model
 from adapters.errors import TrunklineError
 from adapters.host_tier import HostTier
 from adapters.library import Library
 from adapters.slots import SlotPool
 from model.checkpoint import Backbone, read_backbone
+from model.demo import FOLDER as DEMO_BACKBONE
 from model.precision import choose_device, choose_dtype
 from server import __version__
 from server.answers import JSONAnswer
@@ -54,7 +54,6 @@ from server.shed import Shed
 from server.state import ServerState
 from server.turns import Turns
 
-DEMO_BACKBONE = Path(model.__file__).parent / "demo"
 DEMO_ADAPTERS = DEMO_BACKBONE.parent.parent / "adapters" / "demo"
 HOT = {
     "/encode": encode.encode,

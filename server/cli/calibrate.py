@@ -24,6 +24,7 @@ from model.heads import CALIBRATION_BUCKETS, TrunkHeads
 from model.metrics import expected_calibration_error
 from model.precision import DTYPES, choose_dtype
 from server.cli.training import sentences
+from server.cli.trunk_folder import TrunkFolder
 
 BASE = "base"
 MAX_FILE_RANK = 1 << 20  # any rank will do in a file; the largest one served is a server's setting
@@ -38,7 +39,7 @@ class Target:
 
 
 @click.command("calibrate")
-@click.argument("trunk", type=click.Path(path_type=Path))
+@click.argument("trunk", type=TrunkFolder())
 @click.argument("adapter")
 @click.argument("text", type=click.Path(path_type=Path))
 @click.option(

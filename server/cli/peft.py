@@ -11,9 +11,10 @@ from adapters.peft import export_peft, import_peft
 from adapters.peft_config import PeftRefused
 from model.checkpoint import BackboneError, read_backbone
 from server.cli.tables import count
+from server.cli.trunk_folder import TrunkFolder
 
 _backbone = click.option(
-    "--backbone", required=True, type=click.Path(path_type=Path), help="The backbone's folder."
+    "--backbone", required=True, type=TrunkFolder(), help="The backbone's folder, or demo."
 )
 
 

@@ -23,6 +23,7 @@ from model.checkpoint import BackboneError
 from model.quantized import Int8Unavailable
 from server import __version__
 from server.app import create_app, direct
+from server.cli.trunk_folder import TrunkFolder
 from server.connection import BoundedReads
 from server.keys import BadKeys, KeyRing
 from server.logs import announce, configure_logs
@@ -236,7 +237,7 @@ serve = click.Command(
     callback=_serve,
     help=_serve.__doc__,
     params=[
-        click.Argument(["backbone"], required=False, type=click.Path(path_type=Path)),
+        click.Argument(["backbone"], required=False, type=TrunkFolder()),
         click.Option(["--config"], type=click.Path(path_type=Path), help="A TOML file."),
         *(_flag(name) for name in Settings.model_fields if name not in NOT_FLAGS),
     ],

@@ -35,6 +35,7 @@ from server.cli.training import (
     sha256,
     training_options,
 )
+from server.cli.trunk_folder import TrunkFolder
 
 TEST_MASK_SHARE = (0.15, 0.15)  # of the masked-token measures, BERT's
 
@@ -175,7 +176,7 @@ def _write_trunk(
 
 
 @train_.command()
-@click.argument("base", type=click.Path(path_type=Path))
+@click.argument("base", type=TrunkFolder())
 @click.argument("data", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Adapter file.")
 @click.option("--objective", required=True, type=click.Choice(list(OBJECTIVES)))

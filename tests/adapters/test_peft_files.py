@@ -61,10 +61,10 @@ TRAININGS = {
         "rank_pattern": {"c_attn": 6},
         "alpha_pattern": {"c_fc": 0.7},
     },
-    "norms and critic": {
+    "norms and heads": {
         "r": 2,
         "target_modules": r"transformer\.h\.[0-3]\.(attn|mlp)\.c_.*",
-        "modules_to_save": ["h.1.ln_1", "ln_2", "ln_f", "critic_head"],
+        "modules_to_save": ["h.1.ln_1", "ln_2", "ln_f", "critic_head", "sequence_head"],
     },
 }
 
@@ -144,7 +144,7 @@ def test_other_trunks_go_both_ways(config: GPTConfig, tmp_path: Path) -> None:
 
 def test_an_exported_set_comes_back_as_the_same_bytes(deep: Backbone, tmp_path: Path) -> None:
     first, second = tmp_path / "1.safetensors", tmp_path / "2.safetensors"
-    write_set(first, deep, rslora=True, ranks=RANKS, norms=True, critic=True)
+    write_set(first, deep, rslora=True, ranks=RANKS, norms=True, critic=True, sequence=True)
     export_peft(first, deep, tmp_path / "peft")
     import_peft(tmp_path / "peft", deep, second)
     assert first.read_bytes() == second.read_bytes()
