@@ -16,12 +16,18 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from server.corked import Corked
 from server.errors import STATUS, RequestError, error_body
+from server.parser import RequestParser
 
 MAX_HEADER_BYTES = 64 << 10
 READ_BYTES = 16 << 10  # at once; and all that is read of a request before its handler asks for more
 BODY_READ_BYTES = 256 << 10  # at once, of a body that a handler has asked for
 HEADER_TIMEOUT_S = 10.0
 CLIENT = "trunkline.client"  # of a scope: its Client
+START_BYTES = 256  # of a head, kept to tell what it was meant to be
+VERSIONS = ("1.0", "1.1")
+NOT_HTTP = "this is not HTTP/1.1, or can be read in two ways"
+_NO_VERSION = re.compile(rb"\s*[A-Z]+ [^ \r\n]*\r?\n")  # a request line of HTTP/0.9
+_OTHER_PROTOCOL = re.compile(rb"\s*[A-Z]+ [^ \r\n]* (?!HTTP/)")  # RTSP and ICE, which llhttp reads
 _LINE = re.compile(rb"[A-Z]+ /[!-~]* HTTP/1\.[01]\r\n")  # a request, whatever its method
 
 
@@ -65,6 +71,7 @@ class Connection(HttpToolsProtocol):
 
     def __init__(self, *options: Any, shed: Refuse | None = None, **more: Any) -> None:
         super().__init__(*options, **more)
+        self.parser = RequestParser(self)
         self._shed = shed
         self._reading = False
         self._to_begin: tuple[Any, Any] | None = None  # a cycle and its app, of this read
@@ -110,8 +117,8 @@ class Connection(HttpToolsProtocol):
             return
         self._in_head = not self.in_body
         if self._in_head:
-            if not self._head_bytes:
-                self._start = data[:256]
+            start = self._start if self._head_bytes else b""
+            self._start = (start + data[:START_BYTES])[:START_BYTES]
             self._head_bytes += len(data)
         began_in_head = self._in_head
         self._reading = True
@@ -124,7 +131,9 @@ class Connection(HttpToolsProtocol):
             self.flow.pause_reading()  # whoever is refused by the head sends no more of the body
         if not self._in_head:
             return
-        if self._head_bytes > MAX_HEADER_BYTES:
+        if _NO_VERSION.match(self._start):
+            self._refuse("malformed_request", NOT_HTTP)  # HTTP/0.9, which sends no more
+        elif self._head_bytes > MAX_HEADER_BYTES:
             self._refuse("headers_too_large", f"the head may have {MAX_HEADER_BYTES} bytes")
         elif self._head_bytes:
             self._await_head()
@@ -132,6 +141,7 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._in_head, self._head_bytes = False, 0
         self._head_is_there()
+        self._check_protocol()
         hosts, size = 0, len(self.url)
         for name, value in self.headers:
             hosts += name == b"host"
@@ -144,6 +154,20 @@ class Connection(HttpToolsProtocol):
         self._clients.append(self._client)
         self.scope[CLIENT] = self._client  # type: ignore[literal-required]
         super().on_headers_complete()
+
+    def _check_protocol(self) -> None:
+        """Raises BadHead for what is not HTTP/1.0 or 1.1, or frames its body in another way."""
+        version = self.parser.get_http_version()
+        if version not in VERSIONS or _OTHER_PROTOCOL.match(self._start):
+            raise BadHead("malformed_request", NOT_HTTP)
+        if self.parser.get_method() == b"CONNECT":
+            raise BadHead("method_not_allowed", "this server is no proxy")
+        for name, value in self.headers:
+            if name == b"transfer-encoding" and (version, value.lower()) != ("1.1", b"chunked"):
+                sentence = "a Transfer-Encoding other than chunked, or in HTTP/1.0, is not read"
+                raise BadHead("malformed_request", sentence)
+            if name == b"te" and b"chunked" in value.lower():
+                raise BadHead("malformed_request", "TE may not name chunked (RFC 9110, 10.1.4)")
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         """Not in the midst of a read, which may hold the request's body too."""
@@ -172,6 +196,8 @@ class Connection(HttpToolsProtocol):
         return True
 
     def on_message_complete(self) -> None:
+        if self.parser.at_upgrade:
+            return  # the body, if there is one, comes next
         self._client.sent_all = True
         super().on_message_complete()
         if len(self._clients) == 1:  # else it waits behind another, and no more is read
@@ -189,7 +215,7 @@ class Connection(HttpToolsProtocol):
         elif isinstance(error, httptools.HttpParserInvalidMethodError) and _LINE.match(self._start):
             self._refuse("method_not_allowed", "the method is unknown")
         else:
-            self._refuse("malformed_request", "this is not HTTP/1.1, or can be read in two ways")
+            self._refuse("malformed_request", NOT_HTTP)
 
     def _refuse(self, code: str, sentence: str) -> None:
         self._head_is_there()
