@@ -1,16 +1,20 @@
 """HTTP over raw sockets: what is not plain HTTP/1.1 is refused or ignored, and never desynchronises."""
 
+import asyncio
 import json
+import re
 import socket
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.client import HTTPResponse
-from pathlib import Path
-from shutil import which
 
 import pytest
 from conftest import Served
+from fuzz_targets import Wire
+from starlette.types import Receive, Scope, Send
+from uvicorn import Config
+from uvicorn.server import ServerState
+
+from server.connection import Connection
 
 BODY = b'{"adapter": "plain", "inputs": "to be"}'
 SECOND = b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
@@ -77,41 +81,139 @@ def test_an_upgrade_offer_is_ignored_and_the_body_read(
     assert answers.count(b'"embedding":[') == 2
 
 
+async def _echo(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answers with the request's method, path and body."""
+    body, more = b"", True
+    while more:
+        message = await receive()
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+    text = f"<{scope['method']} {scope['path']} {body.decode()}>".encode()
+    headers = [(b"content-length", b"%d" % len(text))]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": text})
+
+
+async def _echoed(*parts: bytes) -> list[bytes]:
+    """What the echo answers to these reads of a connection."""
+    config = Config(_echo, http=Connection, log_config=None, access_log=False, ws="none")
+    config.load()
+    config.loaded_app = _echo
+    wire = Wire()
+    connection = Connection(config, ServerState(), {}, asyncio.get_running_loop())
+    connection.connection_made(wire)
+    for part in parts:
+        if not wire.closed:
+            connection.data_received(part)
+        for _ in range(4):
+            await asyncio.sleep(0)
+    while not wire.closed and connection._clients:
+        await asyncio.sleep(0)
+    connection.connection_lost(None)
+    return re.findall(rb"<(.*?)>", bytes(wire.sent), re.DOTALL)
+
+
 @pytest.mark.parametrize("body", BODIES)
-def test_an_upgrade_offer_is_ignored_wherever_the_request_is_split(
-    tiny_server: Served, body: str
+def test_an_upgrade_offer_is_ignored_wherever_the_requests_are_split(body: str) -> None:
+    """Three of them in two reads at every byte, and in reads of every size."""
+    offers = (OFFERS["h2c, as curl"], OFFERS["websocket"], b"expect: 100-continue\r\n")
+    requests = [encode(offer, BODIES[body]) for offer in offers]
+    whole = b"".join(requests) + encode(offers[0], b"\r\n")  # the last without a body
+    expected = [b"POST /encode " + BODY] * 3 + [b"POST /encode "]
+
+    async def all_splits() -> None:
+        for cut in range(1, len(whole)):
+            assert await _echoed(whole[:cut], whole[cut:]) == expected, whole[cut - 9 : cut]
+        for size in range(1, 40):
+            parts = [whole[at : at + size] for at in range(0, len(whole), size)]
+            assert await _echoed(*parts) == expected, size
+
+    asyncio.run(all_splits())
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+def test_a_body_behind_an_upgrade_offer_never_runs_as_a_request(
+    tiny_server: Served, framing: str
 ) -> None:
-    """In two reads at every byte, and in three; each on a connection that is kept for a second."""
-    request = encode(OFFERS["h2c, as curl"], BODIES[body])
-    head = request.index(b"\r\n\r\n") + 4
-    with connected(tiny_server) as connection:
-        for cut in range(1, len(request) + 1):
-            connection.sendall(request[:cut])
-            # Packets that are sent at once may arrive in one read: wait for the first to be read.
-            _wait_until_read(connection)
-            connection.sendall(request[cut:])
-            assert _answer(connection) == 200, request[cut - 9 : cut]
-        for part in (request[:head], request[head : head + 3], request[head + 3 :]):
-            connection.sendall(part)
-            _wait_until_read(connection)
-        assert _answer(connection) == 200
+    body = BODIES[framing].replace(BODY, SMUGGLED)
+    if framing == "length":
+        body = b"content-length: %d\r\n\r\n%s" % (len(SMUGGLED), SMUGGLED)
+    else:
+        chunk = b"%x\r\n%s\r\n0\r\n\r\n" % (len(SMUGGLED), SMUGGLED)
+        body = b"transfer-encoding: chunked\r\n\r\n" + chunk
+    for offer in OFFERS.values():
+        request = encode(offer, body)
+        head = len(request) - len(body) + body.index(b"\r\n\r\n") + 4
+        for parts in ((request, SECOND), (request[:head], request[head:], SECOND)):
+            assert statuses(sent(tiny_server, *parts)) == [400, 200]  # malformed_json
+    with tiny_server.client() as client:
+        assert client.get("/adapters/plain").status_code == 200
 
 
-def _answer(connection: socket.socket) -> int:
-    response = HTTPResponse(connection)
-    response.begin()
-    assert response.status != 200 or b'"embedding":[' in response.read()
-    return response.status
+def test_connect_is_refused_and_the_connection_closed(tiny_server: Served) -> None:
+    request = b"CONNECT example.com:443 HTTP/1.1\r\nhost: example.com:443\r\n\r\n"
+    assert statuses(sent(tiny_server, request + SECOND)) == [405]
 
 
-def _wait_until_read(connection: socket.socket) -> None:
-    """Until the server's kernel has acknowledged what was sent; on loopback its loop is woken."""
-    import fcntl
-    import struct
-    import termios
-    import time
+NO_HTTP_1 = {
+    "HTTP/0.9": b"GET /health\r\n",
+    "HTTP/0.9 with an empty line": b"GET /health\r\n\r\n",
+    "HTTP/0.9 of a version": b"GET /health HTTP/0.9\r\nhost: x\r\n\r\n",
+    "HTTP/2.0": b"GET /health HTTP/2.0\r\nhost: x\r\n\r\n",
+    "HTTP/2": b"GET /health HTTP/2\r\nhost: x\r\n\r\n",
+    "the preface of HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    "HTTP/1.2": b"GET /health HTTP/1.2\r\nhost: x\r\n\r\n",
+    "HTTP/9.9": b"GET /health HTTP/9.9\r\nhost: x\r\n\r\n",
+    "HTTP/1.10": b"GET /health HTTP/1.10\r\nhost: x\r\n\r\n",
+    "HTTP/01.1": b"GET /health HTTP/01.1\r\nhost: x\r\n\r\n",
+    "lower case": b"GET /health http/1.1\r\nhost: x\r\n\r\n",
+    "RTSP": b"GET /health RTSP/1.0\r\nhost: x\r\n\r\n",
+    "ICE": b"SOURCE /health ICE/1.0\r\nhost: x\r\n\r\n",
+    "two spaces": b"GET  /health HTTP/1.1\r\nhost: x\r\n\r\n",
+    "a folded header": b"GET /health HTTP/1.1\r\nhost: x\r\na: b\r\n c\r\n\r\n",
+    **{
+        f"{name}: {value}": encode(
+            f"{name}: {value}\r\n".encode(), BODIES["chunked"].partition(b"\r\n")[2]
+        )
+        for name, value in (
+            ("transfer-encoding", "gzip, chunked"),
+            ("transfer-encoding", "chunked, gzip"),
+            ("transfer-encoding", "chunked, chunked"),
+            ("transfer-encoding", "gzip"),
+            ("transfer-encoding", "identity"),
+            ("transfer-encoding", "chunked;q=1"),
+            ("transfer-encoding", "xchunked"),
+            ("transfer-encoding", ""),
+            ("transfer-encoding", "gzip\r\ntransfer-encoding: chunked"),
+            ("transfer-encoding", "chunked\r\ntransfer-encoding: chunked"),
+            ("transfer-encoding", "chunked\r\ncontent-length: 5"),
+            ("te", "gzip, chunked\r\ntransfer-encoding: chunked"),
+        )
+    },
+    "Transfer-Encoding in HTTP/1.0": encode(b"", BODIES["chunked"]).replace(b"/1.1", b"/1.0", 1),
+}
 
-    pending = struct.pack("i", 1)
-    while struct.unpack("i", pending)[0]:
-        pending = fcntl.ioctl(connection, termios.TIOCOUTQ, struct.pack("i", 0))
-    time.sleep(0.0005)
+
+@pytest.mark.parametrize("case", NO_HTTP_1)
+def test_what_is_not_plain_http_1_is_refused_and_closed(tiny_server: Served, case: str) -> None:
+    request = NO_HTTP_1[case]
+    middle = request.index(b"\r\n") - 4
+    for parts in ((request,), (request + SECOND,), (request[:middle], request[middle:])):
+        answer = sent(tiny_server, *parts)
+        assert statuses(answer) == [400], answer
+        assert b"\r\nconnection: close\r\n" in answer
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "malformed_request"
+
+
+@pytest.mark.parametrize("te", ["trailers", "deflate, gzip;q=0.3", ""])
+def test_te_as_clients_send_it_is_ignored(tiny_server: Served, te: str) -> None:
+    request = encode(f"connection: TE, close\r\nte: {te}\r\n".encode())
+    assert statuses(sent(tiny_server, request)) == [200]
+
+
+def test_a_request_line_longer_than_a_read_is_one_of_http(tiny_server: Served) -> None:
+    """Also where its packets end within its version, or at a word that looks like another."""
+    path = b"/health?" + b"a" * 400
+    request = b"GET %s HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n" % path
+    for cut in (256, 300, len(path) + 7, len(path) + 16, len(path) + 20):
+        assert statuses(sent(tiny_server, request[:cut], request[cut:])) == [200]
