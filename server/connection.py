@@ -16,7 +16,9 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from server.corked import Corked
 from server.errors import STATUS, RequestError, error_body
+from server.half_close import HalfClose
 from server.parser import RequestParser
+from server.write_timeout import WriteTimeout
 
 MAX_HEADER_BYTES = 64 << 10
 READ_BYTES = 16 << 10  # at once; and all that is read of a request before its handler asks for more
@@ -52,6 +54,7 @@ class Client:
 
     def __init__(self) -> None:
         self.sent_all = self.gone = False
+        self.cycle: Any = None  # uvicorn's, of this request
         self.left: Callable[[], object] | None = None
 
     def leave(self) -> None:
@@ -83,13 +86,60 @@ class Connection(HttpToolsProtocol):
         self._head_timer: asyncio.TimerHandle | None = None
         self._client = Client()  # of the request that is being read
         self._clients: deque[Client] = deque()  # of those that are not answered
+        self._writes = WriteTimeout(self.transport, self.loop)
+        self._half_close = HalfClose(self.transport, self.loop, self._may_probe)
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._head_is_there()
+        self._writes.stop()
+        self._half_close.stop()
         super().connection_lost(exc)
         for client in self._clients:
             client.leave()
+
+    def eof_received(self) -> bool:
+        """The client sends no more: what it sent whole is answered, then the connection closes.
+
+        Returns whether it stays open for that; asyncio closes it at once otherwise.
+        """
+        self._head_is_there()
+        if self._clients and not self._client.sent_all:
+            self._drop_unfinished()
+        if not self._clients or self.transport.is_closing():
+            return False
+        self._clients[-1].cycle.keep_alive = False
+        self._half_close.begin()
+        self._writes.start()
+        return True
+
+    def _drop_unfinished(self) -> None:
+        """The request that is being read, whose rest will never come; it is the last of them."""
+        client = self._clients.pop()
+        client.cycle.disconnected = True
+        client.cycle.message_event.set()
+        client.leave()
+        if self._clients:  # it waits behind another
+            self.pipeline.popleft()
+
+    def _may_probe(self) -> bool:
+        """Whether an interim answer may be written: HTTP/1.0 has none, and none is within another."""
+        cycle = self._clients[0].cycle if self._clients else None
+        return (
+            cycle is not None
+            and not cycle.response_started
+            and cycle.scope["http_version"] == "1.1"
+            and not self.transport.is_closing()
+        )
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._writes.start()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if not self._half_close.begun:
+            self._writes.stop()
 
     @property
     def in_body(self) -> bool:
@@ -154,6 +204,7 @@ class Connection(HttpToolsProtocol):
         self._clients.append(self._client)
         self.scope[CLIENT] = self._client  # type: ignore[literal-required]
         super().on_headers_complete()
+        self._client.cycle = self.cycle
 
     def _check_protocol(self) -> None:
         """Raises BadHead for what is not HTTP/1.0 or 1.1, or frames its body in another way."""
@@ -266,8 +317,8 @@ class BoundedReads(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.connection.connection_lost(exc)
 
-    def eof_received(self) -> None:
-        self.connection.eof_received()
+    def eof_received(self) -> bool:
+        return self.connection.eof_received()
 
     def pause_writing(self) -> None:
         self.connection.pause_writing()

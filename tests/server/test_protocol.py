@@ -4,17 +4,25 @@ import asyncio
 import json
 import re
 import socket
+import subprocess
+import sys
+from asyncio import Runner
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from shutil import which
 
 import pytest
+import uvloop
 from conftest import Served
 from fuzz_targets import Wire
 from starlette.types import Receive, Scope, Send
 from uvicorn import Config
 from uvicorn.server import ServerState
 
-from server.connection import Connection
+from server.connection import CLIENT, BoundedReads, Connection
+from server.half_close import PROBE
 
 BODY = b'{"adapter": "plain", "inputs": "to be"}'
 SECOND = b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
@@ -29,7 +37,9 @@ OFFERS = {
     b"sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\nsec-websocket-version: 13\r\n",
     "unknown": b"upgrade: TLS/1.3, IRC/6.9\r\nconnection: upgrade\r\n",
 }
-CHUNKED = b"7;x=y\r\n" + BODY[:7] + b"\r\n%x\r\n" % len(BODY[7:]) + BODY[7:] + b"\r\n0\r\nA: b\r\n\r\n"
+CHUNKED = (
+    b"7;x=y\r\n" + BODY[:7] + b"\r\n%x\r\n" % len(BODY[7:]) + BODY[7:] + b"\r\n0\r\nA: b\r\n\r\n"
+)
 BODIES = {
     "length": b"content-length: %d\r\n\r\n%s" % (len(BODY), BODY),
     "chunked": b"transfer-encoding: chunked\r\n\r\n" + CHUNKED,
@@ -217,3 +227,180 @@ def test_a_request_line_longer_than_a_read_is_one_of_http(tiny_server: Served) -
     request = b"GET %s HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n" % path
     for cut in (256, 300, len(path) + 7, len(path) + 16, len(path) + 20):
         assert statuses(sent(tiny_server, request[:cut], request[cut:])) == [200]
+
+
+def test_the_stock_java_client_gets_its_answers(tiny_server: Served) -> None:
+    """With a body of known length and with a stream of unknown length, twice on its connection."""
+    if which("java") is None:
+        pytest.skip("there is no java")
+    program = ["java", "-XX:TieredStopAtLevel=1", Path(__file__).parent / "StockClient.java"]
+    command = [*program, f"{tiny_server.url}/encode", BODY.decode()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    if "release version" in done.stderr or "compiler" in done.stderr:
+        pytest.skip(f"this java runs no source files: {done.stderr.splitlines()[0]}")
+    lines = done.stdout.splitlines()
+    assert len(lines) == 4, done.stderr
+    assert all(line.startswith("200 HTTP_1_1 ") and '"embedding":[' in line for line in lines)
+
+
+@pytest.mark.parametrize("body", [BODY.decode(), "@-"])
+def test_curl_with_http2_gets_its_answer(tiny_server: Served, body: str) -> None:
+    if which("curl") is None:
+        pytest.skip("there is no curl")
+    command = ["curl", "-sS", "--http2", "-w", "\n%{http_code}", "-d", body]
+    command += ["-H", "content-type: application/json"]
+    if body == "@-":
+        command += ["-H", "transfer-encoding: chunked"]
+    url = f"{tiny_server.url}/encode"
+    done = subprocess.run([*command, url, url], input=BODY, capture_output=True, check=False)
+    if b"HTTP/2" in done.stderr:
+        pytest.skip("this curl has no HTTP/2")
+    assert done.stdout.count(b"\n200") == 2, done
+    assert done.stdout.count(b'"embedding":[') == 2
+
+
+HALF_CLOSED = {
+    "one": (encode(),),
+    "pipelined": (encode() + encode(OFFERS["h2c, as curl"], BODIES["chunked"]) + encode(),),
+    "in two packets": (encode()[:90], encode()[90:]),
+    "before the next head is whole": (encode() + b"GET /hea",),
+}
+
+
+@pytest.mark.parametrize("case", HALF_CLOSED)
+def test_a_client_that_half_closes_gets_its_answers(tiny_server: Served, case: str) -> None:
+    requests = b"".join(HALF_CLOSED[case]).count(b"POST ")
+    with connected(tiny_server) as connection:
+        for part in HALF_CLOSED[case]:
+            connection.sendall(part)
+        connection.shutdown(socket.SHUT_WR)
+        answers = read_all(connection)
+    assert statuses(answers) == [200] * requests
+    assert answers.count(b"connection: close") == 1
+    assert answers.count(b'"embedding":[') == requests
+
+
+@pytest.mark.parametrize("cut", [10, 90, -1])
+def test_a_request_cut_off_by_a_half_close_is_closed_unanswered(
+    tiny_server: Served, cut: int
+) -> None:
+    with connected(tiny_server) as connection:
+        connection.sendall(encode() + encode()[:cut])
+        connection.shutdown(socket.SHUT_WR)
+        assert statuses(read_all(connection)) == [200]
+    with connected(tiny_server) as connection:
+        connection.sendall(encode()[:cut])
+        connection.shutdown(socket.SHUT_WR)
+        assert read_all(connection) == b""
+
+
+class Waiting:
+    """A connection of ours whose answer is held back, with a client of raw sockets."""
+
+    def __init__(self) -> None:
+        self.left, self.release = asyncio.Event(), asyncio.Event()
+
+    async def __aenter__(self) -> "Waiting":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """With everything closed: uvloop waits for ever for what is open when it closes."""
+        self.release.set()
+        self.server.close()
+        for connection in list(self.connections):
+            connection.transport.abort()
+        while self.connections:
+            await asyncio.sleep(0.001)
+
+    async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope[CLIENT].left = self.left.set
+        await self.release.wait()
+        await _echo(scope, receive, send)
+
+    async def connect(self) -> socket.socket:
+        """The client, whose request was received."""
+        config = Config(self.app, log_config=None, access_log=False, ws="none")
+        config.load()
+        config.loaded_app = self.app
+        state, loop = ServerState(), asyncio.get_running_loop()
+        self.connections = state.connections
+        made = partial(BoundedReads, config=config, server_state=state, app_state={}, _loop=loop)
+        self.server = await loop.create_server(made, "127.0.0.1", 0)
+        client = socket.create_connection(self.server.sockets[0].getsockname())
+        client.setblocking(False)
+        client.send(encode(body=b"content-length: 5\r\n\r\nabcde"))
+        while not state.tasks:
+            await asyncio.sleep(0.001)
+        return client
+
+
+LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+
+
+@pytest.fixture(params=LOOPS)
+def runner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runner]:
+    monkeypatch.setattr("server.half_close.FIRST_PROBE_S", 0.01)
+    monkeypatch.setattr("server.half_close.LOOK_S", 0.01)
+    with Runner(loop_factory=LOOPS[request.param]) as runner:
+        yield runner
+
+
+def test_a_half_closed_client_is_probed_while_it_waits_and_answered(runner: Runner) -> None:
+    async def talk() -> None:
+        async with Waiting() as waiting:
+            await converse(waiting, await waiting.connect())
+
+    async def converse(waiting: Waiting, client: socket.socket) -> None:
+        client.shutdown(socket.SHUT_WR)
+        loop, received = asyncio.get_running_loop(), b""
+        async with asyncio.timeout(20):
+            while received.count(PROBE) < 3:
+                received += await loop.sock_recv(client, 65536)
+            waiting.release.set()
+            while part := await loop.sock_recv(client, 65536):
+                received += part
+        assert received.endswith(b"<POST /encode abcde>")
+        assert received.count(b"HTTP/1.1 200") == 1
+        assert not waiting.left.is_set()
+        client.close()
+
+    runner.run(talk())
+
+
+def test_a_client_that_is_gone_while_it_waits_is_noticed_by_the_probe(runner: Runner) -> None:
+    async def talk() -> None:
+        async with Waiting() as waiting:
+            await converse(waiting, await waiting.connect())
+
+    async def converse(waiting: Waiting, client: socket.socket) -> None:
+        client.close()  # its FIN is that of a half-close
+        async with asyncio.timeout(20):
+            await waiting.left.wait()
+        waiting.release.set()
+
+    runner.run(talk())
+
+
+def test_a_half_closed_client_that_never_reads_does_not_hold_its_connection(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def talk() -> None:
+        async with Waiting() as waiting:
+            await converse(waiting, await waiting.connect())
+
+    async def converse(waiting: Waiting, client: socket.socket) -> None:
+        client.shutdown(socket.SHUT_WR)
+        waiting.release.set()
+        async with asyncio.timeout(20):
+            while waiting.connections:
+                await asyncio.sleep(0.01)
+        client.close()
+
+    async def large(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(b"content-length", b"16000000")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"x" * 16_000_000})
+
+    monkeypatch.setattr("server.write_timeout.WriteTimeout.seconds", 0.05)
+    monkeypatch.setattr(sys.modules[__name__], "_echo", large)
+    runner.run(talk())
