@@ -74,7 +74,8 @@ class Connection(HttpToolsProtocol):
 
     def __init__(self, *options: Any, shed: Refuse | None = None, **more: Any) -> None:
         super().__init__(*options, **more)
-        self.parser = RequestParser(self)
+        self._requests = RequestParser(self)
+        self.parser = self._requests  # type: ignore[assignment]
         self._shed = shed
         self._reading = False
         self._to_begin: tuple[Any, Any] | None = None  # a cycle and its app, of this read
@@ -98,7 +99,7 @@ class Connection(HttpToolsProtocol):
         for client in self._clients:
             client.leave()
 
-    def eof_received(self) -> bool:
+    def eof_received(self) -> bool:  # type: ignore[override]
         """The client sends no more: what it sent whole is answered, then the connection closes.
 
         Returns whether it stays open for that; asyncio closes it at once otherwise.
@@ -123,7 +124,7 @@ class Connection(HttpToolsProtocol):
             self.pipeline.popleft()
 
     def _may_probe(self) -> bool:
-        """Whether an interim answer may be written: HTTP/1.0 has none, and none is within another."""
+        """Whether an interim answer may be written: HTTP/1.0 has none, nor may it split another."""
         cycle = self._clients[0].cycle if self._clients else None
         return (
             cycle is not None
@@ -247,7 +248,7 @@ class Connection(HttpToolsProtocol):
         return True
 
     def on_message_complete(self) -> None:
-        if self.parser.at_upgrade:
+        if self._requests.at_upgrade:
             return  # the body, if there is one, comes next
         self._client.sent_all = True
         super().on_message_complete()

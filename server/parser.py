@@ -17,7 +17,9 @@ FRAMING = {b"content-length", b"transfer-encoding"}
 class Callbacks(Protocol):
     """What a parser calls."""
 
-    headers: Sequence[tuple[bytes, bytes]]  # of the head that was read last
+    @property
+    def headers(self) -> Sequence[tuple[bytes, bytes]]:
+        """Of the head that was read last."""
 
     def on_message_begin(self) -> None: ...
     def on_url(self, url: bytes) -> None: ...

@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from adapters.names import ALIAS_PATTERN, NAME_PATTERN
 from server.errors import STATUS, openai_status
-from server.guard import PUBLIC
+from server.guard import is_public
 from server.schemas import REFERENCE_PATTERN
 
 HEAD = ("malformed_request", "receive_timeout", "headers_too_large")  # of every route
@@ -111,8 +111,8 @@ def completed(document: dict[str, Any]) -> dict[str, Any]:
     schemes = {"key": {"type": "http", "scheme": "bearer", "description": "An API key."}}
     document.setdefault("components", {})["securitySchemes"] = schemes
     for path, operations in document["paths"].items():
-        for operation in operations.values():
-            if path not in PUBLIC:
+        for method, operation in operations.items():
+            if not is_public(method.upper(), path):
                 operation["security"] = [{"key": []}, {}]  # {}: on a server without keys none
             for parameter in operation.get("parameters", ()):
                 pattern = PATH_PATTERNS.get(parameter["name"])

@@ -80,7 +80,7 @@ def test_other_programs_variables_are_none_of_ours(monkeypatch: pytest.MonkeyPat
         ("port = {a = 1}\n", 'setting port: .*, not {"a": 1} '),
         ('dtype = "int4"\n', "setting dtype: .* one of auto, float32, bfloat16, int8, not "),
         ('device = "gpu"\n', "setting device: it must be auto, cpu, cuda or cuda:N, not "),
-        ('adapter_memory = "2GB"\n', "setting adapter_memory: .*2GiB, .*65536 or more, not "),
+        ('adapter_memory = "2XB"\n', "setting adapter_memory: .*2GiB, .*65536 or more, not "),
         ("backbone = 3\n", "setting backbone: it must be a path, not 3 "),
         ("insecure = 3\n", "setting insecure: it must be true or false, not 3 "),
         (
