@@ -2,6 +2,8 @@
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+NAMES_PATHS = ("/docs", "/openapi.json")  # FastAPI's, which name paths of the server
+
 
 def routed(path: str, root_path: str = "") -> str:
     """The path that is guarded, routed and logged.
@@ -23,7 +25,8 @@ class Paths:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             scope["path"] = routed(scope["path"], self.root_path)
-            scope["root_path"] = self.root_path
+            # For the addresses in these two. Elsewhere Starlette would expect it in the path too.
+            scope["root_path"] = self.root_path if scope["path"] in NAMES_PATHS else ""
         if not self.root_path:
             await self.app(scope, receive, send)
             return
