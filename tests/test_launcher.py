@@ -57,14 +57,12 @@ def test_the_script_is_installed_under_a_name_of_its_own() -> None:
     assert set(places) <= set(project["tool"]["setuptools"]["packages"])
 
 
-@pytest.mark.parametrize("arguments", [["--version"], ["keys", "--file", "none.json", "ls"]])
-def test_it_starts_in_a_folder_with_modules_of_the_same_names(
-    site: Path, hostile: Path, arguments: list[str]
-) -> None:
+def test_it_starts_in_a_folder_with_modules_of_the_same_names(site: Path, hostile: Path) -> None:
     path = os.pathsep.join((".", str(hostile), str(site)))
+    arguments = ("keys", "--file", "none.json", "ls")
     done = run(sys.executable, "-c", SCRIPT, *arguments, folder=hostile, path=path)
     assert done.returncode == 0, done.stderr
-    assert "trunkline" in done.stdout or "no keys in none.json" in done.stdout
+    assert done.stdout == "no keys in none.json\n"
 
 
 def test_a_broken_installation_is_a_sentence(site: Path, hostile: Path, tmp_path: Path) -> None:
