@@ -35,15 +35,16 @@ def _rules(method: str, scopes: frozenset[str], *paths: str) -> list[Rule]:
 
 
 # Every route that asks for a key has a rule, or the guard answers 404 in its place: a test holds
-# this table against the OpenAPI document. `.+` is an adapter's name or reference, with its slashes.
+# this table against the OpenAPI document. `.+` is an adapter's name or reference, with its slashes;
+# `.*` an empty name too, which the routes refuse as such.
 RULES = [
     *_rules("POST", INFER, "/encode", "/critic", "/classify", "/tokenize", "/detokenize"),
     *_rules("POST", INFER, "/v1/embeddings"),
-    *_rules("GET", READ, "/adapters", "(?s:/adapters/.+)", "/diff", "/info"),
+    *_rules("GET", READ, "/adapters", "(?s:/adapters/.*)", "/diff", "/info"),
     *_rules("GET", READ, "/v1/models", "(?s:/v1/models/.+)"),
-    *_rules("PUT", ADMIN, "(?s:/adapters/.+)"),
-    *_rules("DELETE", ADMIN, "(?s:/adapters/.+)"),
-    *_rules("POST", ADMIN, "(?s:/adapters/.+/(load|unload|pin|unpin|verify))"),
+    *_rules("PUT", ADMIN, "(?s:/adapters/.*)"),
+    *_rules("DELETE", ADMIN, "(?s:/adapters/.*)"),
+    *_rules("POST", ADMIN, "(?s:/adapters/.*/(load|unload|pin|unpin|verify))"),
     *_rules("POST", ADMIN, "/v1/(un)?load_lora_adapter"),
     *_rules("GET", ADMIN, "/debug/engine"),
     *_rules("GET", METRICS, "/metrics"),

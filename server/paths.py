@@ -3,17 +3,22 @@
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 NAMES_PATHS = ("/docs", "/openapi.json")  # FastAPI's, which name paths of the server
+NO_NAME = "/adapters/"
 
 
-def routed(path: str, root_path: str = "") -> str:
+def routed(path: str, root_path: str = "", method: str = "GET") -> str:
     """The path that is guarded, routed and logged.
 
     A proxy may pass `root_path`, the prefix of its address, on or strip it; one slash at the end
-    means nothing. Pure, and the same again of its own result unless that begins with the prefix.
+    means nothing, but to change `/adapters/` is to change an adapter without a name, not the list.
     """
     if root_path and (path == root_path or path.startswith(f"{root_path}/")):
         path = path[len(root_path) :] or "/"
-    return path[:-1] if path.endswith("/") and len(path) > 1 else path
+    if path == "/" or not path.endswith("/"):
+        return path
+    if path == NO_NAME and method in ("PUT", "DELETE"):
+        return path
+    return path[:-1]
 
 
 class Paths:
@@ -24,7 +29,7 @@ class Paths:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            scope["path"] = routed(scope["path"], self.root_path)
+            scope["path"] = routed(scope["path"], self.root_path, scope["method"])
             # For the addresses in these two. Elsewhere Starlette would expect it in the path too.
             scope["root_path"] = self.root_path if scope["path"] in NAMES_PATHS else ""
         if not self.root_path:

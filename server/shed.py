@@ -56,7 +56,7 @@ class Shed:
         if not engine.admission.crowded or not engine.ready:
             return None
         began = time.monotonic()
-        path = routed(scope["path"], self._state.settings.root_path)
+        path = routed(scope["path"], self._state.settings.root_path, scope["method"])
         if scope["method"] != "POST" or path not in self._paths:
             return None
         scope = {**scope, "path": path}  # the connection's own goes the usual way if it passes
