@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.request import urlopen
 
+from loadtest.environment import own_packages
 from loadtest.options import flags_text
 from loadtest.outcome import Outcome
 from loadtest.pictures import plateau_points
@@ -36,7 +37,7 @@ def own_server(backbone: str | None, log: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "server.cli", "serve", "--port", "0"]
     command += ["--log-level", "warning"] + ([backbone] if backbone else [])
     with tempfile.TemporaryDirectory() as data, log.open("wb") as out:
-        environment = {"TRUNKLINE_DATA_DIR": data} | dict(os.environ)
+        environment = {"TRUNKLINE_DATA_DIR": data} | dict(os.environ) | own_packages()
         process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
         try:
             yield _address(process, log)
@@ -69,7 +70,9 @@ def run_locust(url: str, flags: Sequence[str]) -> tuple[int, dict[str, object]]:
     """Exit code and summary; what Locust prints is passed on."""
     command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--host", url]
     command += ["--headless", "--only-summary", *USUAL, *flags]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=dict(os.environ) | own_packages()
+    ) as process:
         assert process.stdout is not None
         line = ""
         for line in process.stdout:

@@ -26,15 +26,19 @@ from model.demo import FOLDER as DEMO_BACKBONE
 from model.precision import choose_device, choose_dtype
 from server import __version__
 from server.answers import JSONAnswer
+from server.cors import Cors, CorsHeaders
 from server.engine.engine import Engine
 from server.engine.forward import Forward
 from server.errors import RequestError, error_answer
 from server.guard import Guard
+from server.heads import Heads
 from server.hot import HotRoutes
 from server.keys import KeyRing
 from server.metrics import Metrics
 from server.middleware import RequestContext
 from server.named_path import NamedPaths
+from server.paths import Paths
+from server.proxies import Proxies
 from server.routes import (
     adapters,
     critic,
@@ -107,18 +111,32 @@ def create_app(settings: Settings) -> FastAPI:
     for routes in ROUTES:
         app.include_router(routes.router)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
+    _check_root_path(settings.root_path, app)
     app.add_exception_handler(TrunklineError, _refused)
     app.add_exception_handler(HTTPException, _refused_by_router)
     app.add_exception_handler(ClientDisconnect, _client_left)
     app.add_exception_handler(Exception, _broken)
-    app.state.shed = Shed(app.state.server, app.state.keys, HOT)
+    app.router.redirect_slashes = False  # server/paths.py: both paths answer
+    cors = Cors(settings.cors_origins)
+    app.state.shed = Shed(app.state.server, app.state.keys, HOT, cors)
     hot = HotRoutes(app.build_middleware_stack(), HOT, app.exception_handlers)
-    inner: ASGIApp = NamedPaths(Guard(hot, app.state.keys), (*HOT, *TOKENIZER))
+    named = NamedPaths(Guard(hot, app.state.keys), (*HOT, *TOKENIZER))
+    inner: ASGIApp = CorsHeaders(Heads(named), cors)
     if settings.otlp_endpoint:
         inner = _traced(inner, settings.otlp_endpoint, app.state.server)
     state: ServerState = app.state.server
-    app.middleware_stack = RequestContext(inner, state.metrics, lambda: state.draining)
+    noted = RequestContext(inner, state.metrics, lambda: state.draining)
+    app.middleware_stack = Paths(Proxies(noted, settings.trusted_proxies), settings.root_path)
     return app
+
+
+def _check_root_path(root_path: str, app: FastAPI) -> None:
+    """Raises BadSettings for a prefix that can't be told from a path of the server's own."""
+    first = root_path.split("/")[1] if root_path else ""
+    routes = itertools.chain(app.routes, *(module.router.routes for module in ROUTES))
+    taken = {path.split("/")[1] for path in (getattr(r, "path", "") for r in routes) if "/" in path}
+    if first and first in taken:
+        raise BadSettings(f"setting root_path: the server has paths of its own below /{first}")
 
 
 def _device(settings: Settings) -> torch.device:
@@ -272,7 +290,7 @@ def _methods(request: Request) -> list[str]:
     for route, path in zip(fitting, paths, strict=True):
         if path == first:
             methods |= getattr(route, "methods", None) or set()
-    return sorted(methods)
+    return sorted(methods | ({"HEAD"} if "GET" in methods else set()))
 
 
 async def _client_left(_: Request, __: Exception) -> Response:

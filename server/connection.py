@@ -16,12 +16,20 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from server.corked import Corked
 from server.errors import STATUS, RequestError, error_body
+from server.half_close import HalfClose
+from server.parser import RequestParser
+from server.write_timeout import WriteTimeout
 
 MAX_HEADER_BYTES = 64 << 10
 READ_BYTES = 16 << 10  # at once; and all that is read of a request before its handler asks for more
 BODY_READ_BYTES = 256 << 10  # at once, of a body that a handler has asked for
 HEADER_TIMEOUT_S = 10.0
 CLIENT = "trunkline.client"  # of a scope: its Client
+START_BYTES = 256  # of a head, kept to tell what it was meant to be
+VERSIONS = ("1.0", "1.1")
+NOT_HTTP = "this is not HTTP/1.1, or can be read in two ways"
+_NO_VERSION = re.compile(rb"\s*[A-Z]+ [^ \r\n]*\r?\n")  # a request line of HTTP/0.9
+_OTHER_PROTOCOL = re.compile(rb"\s*[A-Z]+ [^ \r\n]* (?!HTTP/)")  # RTSP and ICE, which llhttp reads
 _LINE = re.compile(rb"[A-Z]+ /[!-~]* HTTP/1\.[01]\r\n")  # a request, whatever its method
 
 
@@ -46,6 +54,7 @@ class Client:
 
     def __init__(self) -> None:
         self.sent_all = self.gone = False
+        self.cycle: Any = None  # uvicorn's, of this request
         self.left: Callable[[], object] | None = None
 
     def leave(self) -> None:
@@ -65,6 +74,8 @@ class Connection(HttpToolsProtocol):
 
     def __init__(self, *options: Any, shed: Refuse | None = None, **more: Any) -> None:
         super().__init__(*options, **more)
+        self._requests = RequestParser(self)
+        self.parser = self._requests  # type: ignore[assignment]
         self._shed = shed
         self._reading = False
         self._to_begin: tuple[Any, Any] | None = None  # a cycle and its app, of this read
@@ -76,13 +87,60 @@ class Connection(HttpToolsProtocol):
         self._head_timer: asyncio.TimerHandle | None = None
         self._client = Client()  # of the request that is being read
         self._clients: deque[Client] = deque()  # of those that are not answered
+        self._writes = WriteTimeout(self.transport, self.loop)
+        self._half_close = HalfClose(self.transport, self.loop, self._may_probe)
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._head_is_there()
+        self._writes.stop()
+        self._half_close.stop()
         super().connection_lost(exc)
         for client in self._clients:
             client.leave()
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """The client sends no more: what it sent whole is answered, then the connection closes.
+
+        Returns whether it stays open for that; asyncio closes it at once otherwise.
+        """
+        self._head_is_there()
+        if self._clients and not self._client.sent_all:
+            self._drop_unfinished()
+        if not self._clients or self.transport.is_closing():
+            return False
+        self._clients[-1].cycle.keep_alive = False
+        self._half_close.begin()
+        self._writes.start()
+        return True
+
+    def _drop_unfinished(self) -> None:
+        """The request that is being read, whose rest will never come; it is the last of them."""
+        client = self._clients.pop()
+        client.cycle.disconnected = True
+        client.cycle.message_event.set()
+        client.leave()
+        if self._clients:  # it waits behind another
+            self.pipeline.popleft()
+
+    def _may_probe(self) -> bool:
+        """Whether an interim answer may be written: HTTP/1.0 has none, nor may it split another."""
+        cycle = self._clients[0].cycle if self._clients else None
+        return (
+            cycle is not None
+            and not cycle.response_started
+            and cycle.scope["http_version"] == "1.1"
+            and not self.transport.is_closing()
+        )
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._writes.start()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if not self._half_close.begun:
+            self._writes.stop()
 
     @property
     def in_body(self) -> bool:
@@ -110,8 +168,8 @@ class Connection(HttpToolsProtocol):
             return
         self._in_head = not self.in_body
         if self._in_head:
-            if not self._head_bytes:
-                self._start = data[:256]
+            start = self._start if self._head_bytes else b""
+            self._start = (start + data[:START_BYTES])[:START_BYTES]
             self._head_bytes += len(data)
         began_in_head = self._in_head
         self._reading = True
@@ -124,7 +182,9 @@ class Connection(HttpToolsProtocol):
             self.flow.pause_reading()  # whoever is refused by the head sends no more of the body
         if not self._in_head:
             return
-        if self._head_bytes > MAX_HEADER_BYTES:
+        if _NO_VERSION.match(self._start):
+            self._refuse("malformed_request", NOT_HTTP)  # HTTP/0.9, which sends no more
+        elif self._head_bytes > MAX_HEADER_BYTES:
             self._refuse("headers_too_large", f"the head may have {MAX_HEADER_BYTES} bytes")
         elif self._head_bytes:
             self._await_head()
@@ -132,6 +192,7 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._in_head, self._head_bytes = False, 0
         self._head_is_there()
+        self._check_protocol()
         hosts, size = 0, len(self.url)
         for name, value in self.headers:
             hosts += name == b"host"
@@ -144,6 +205,21 @@ class Connection(HttpToolsProtocol):
         self._clients.append(self._client)
         self.scope[CLIENT] = self._client  # type: ignore[literal-required]
         super().on_headers_complete()
+        self._client.cycle = self.cycle
+
+    def _check_protocol(self) -> None:
+        """Raises BadHead for what is not HTTP/1.0 or 1.1, or frames its body in another way."""
+        version = self.parser.get_http_version()
+        if version not in VERSIONS or _OTHER_PROTOCOL.match(self._start):
+            raise BadHead("malformed_request", NOT_HTTP)
+        if self.parser.get_method() == b"CONNECT":
+            raise BadHead("method_not_allowed", "this server is no proxy")
+        for name, value in self.headers:
+            if name == b"transfer-encoding" and (version, value.lower()) != ("1.1", b"chunked"):
+                sentence = "a Transfer-Encoding other than chunked, or in HTTP/1.0, is not read"
+                raise BadHead("malformed_request", sentence)
+            if name == b"te" and b"chunked" in value.lower():
+                raise BadHead("malformed_request", "TE may not name chunked (RFC 9110, 10.1.4)")
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         """Not in the midst of a read, which may hold the request's body too."""
@@ -172,6 +248,8 @@ class Connection(HttpToolsProtocol):
         return True
 
     def on_message_complete(self) -> None:
+        if self._requests.at_upgrade:
+            return  # the body, if there is one, comes next
         self._client.sent_all = True
         super().on_message_complete()
         if len(self._clients) == 1:  # else it waits behind another, and no more is read
@@ -189,7 +267,7 @@ class Connection(HttpToolsProtocol):
         elif isinstance(error, httptools.HttpParserInvalidMethodError) and _LINE.match(self._start):
             self._refuse("method_not_allowed", "the method is unknown")
         else:
-            self._refuse("malformed_request", "this is not HTTP/1.1, or can be read in two ways")
+            self._refuse("malformed_request", NOT_HTTP)
 
     def _refuse(self, code: str, sentence: str) -> None:
         self._head_is_there()
@@ -240,8 +318,8 @@ class BoundedReads(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.connection.connection_lost(exc)
 
-    def eof_received(self) -> None:
-        self.connection.eof_received()
+    def eof_received(self) -> bool:
+        return self.connection.eof_received()
 
     def pause_writing(self) -> None:
         self.connection.pause_writing()

@@ -16,7 +16,8 @@ class Corked:
         self._held: bytes | None = None
         self._ending = False  # whether `_end_turn` is to come
         self.get_extra_info = transport.get_extra_info
-        self.is_closing = transport.is_closing
+        self.is_closing, self.abort = transport.is_closing, transport.abort
+        self.get_write_buffer_size = transport.get_write_buffer_size
         self.pause_reading, self.resume_reading = transport.pause_reading, transport.resume_reading
 
     def write(self, data: bytes) -> None:

@@ -2,27 +2,54 @@
 
 import re
 from functools import lru_cache
+from http import HTTPStatus
+from typing import NamedTuple
 
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from adapters.names import BASE
+from adapters.errors import BadName
+from adapters.names import BASE, check_name
 from server.answers import JSONAnswer
 from server.errors import RequestError, error_answer
-from server.keys import Caller, KeyRing
+from server.keys import Caller, KeyRing, QuotaWait
 
+MAX_NAME = 100  # characters of a key's name in an error
+
+# Read with GET (or HEAD, which is a GET here: server/heads.py) by everybody. The last is the page
+# of /docs, which asks no other host for its scripts.
 PUBLIC = {"/", "/health", "/ready", "/docs", "/openapi.json"}
-PAGE_FILES = "/static-offline-docs/"  # scripts and styles of /docs: a browser asks without a key
-INFER, READ, ADMIN = ({"infer"}, {"infer", "admin"}, {"admin"})
-# Method and path -> the scopes of which one is needed; what matches nothing is an admin's.
+PUBLIC_FILES = "/static-offline-docs/"
+INFER, READ, ADMIN = frozenset({"infer"}), frozenset({"infer", "admin"}), frozenset({"admin"})
+METRICS = frozenset({"metrics", "admin"})
+
+
+class Rule(NamedTuple):
+    method: str
+    path: re.Pattern[str]
+    scopes: frozenset[str]  # of which a key must have one
+
+
+def _rules(method: str, scopes: frozenset[str], *paths: str) -> list[Rule]:
+    return [Rule(method, re.compile(path), scopes) for path in paths]
+
+
+# Every route that asks for a key has a rule, or the guard answers 404 in its place: a test holds
+# this table against the OpenAPI document. `.+` is an adapter's name or reference, with its slashes;
+# `.*` an empty name too, which the routes refuse as such. The first rule that fits counts.
 RULES = [
-    (re.compile(r"POST /(encode|critic|classify|tokenize|detokenize|v1/embeddings)"), INFER),
-    # The weights are their owner's property.
-    (re.compile(r"(GET|HEAD) /adapters/[\s\S]*/file/?"), ADMIN),
-    (re.compile(r"POST /((v[12]/)?rerank|similarity|embed|embed_all|predict)?"), INFER),
-    (re.compile(r"(GET|HEAD) /v1/models/[\s\S]+"), READ),
-    (re.compile(r"(GET|HEAD) /(adapters(/[\s\S]*)?|diff|v1/models|info)"), READ),
-    (re.compile(r"GET /metrics"), {"metrics", "admin"}),
+    *_rules("POST", INFER, "/encode", "/critic", "/classify", "/tokenize", "/detokenize"),
+    *_rules("POST", INFER, "/v1/embeddings", "/rerank", "/v1/rerank", "/v2/rerank"),
+    *_rules("POST", INFER, "/", "/embed", "/embed_all", "/similarity", "/predict"),
+    *_rules("GET", ADMIN, "(?s:/adapters/.+/file)"),  # the weights are their owner's property
+    *_rules("GET", READ, "/adapters", "(?s:/adapters/.*)", "/diff", "/info"),
+    *_rules("GET", READ, "/v1/models", "(?s:/v1/models/.+)"),
+    *_rules("PUT", ADMIN, "(?s:/adapters/.*)"),
+    *_rules("DELETE", ADMIN, "(?s:/adapters/.*)"),
+    *_rules("POST", ADMIN, "(?s:/adapters/.*/(load|unload|pin|unpin|verify))"),
+    *_rules("POST", ADMIN, "/v1/(un)?load_lora_adapter"),
+    *_rules("GET", ADMIN, "/debug/engine"),
+    *_rules("GET", METRICS, "/metrics"),
 ]
 
 
@@ -47,31 +74,64 @@ class Guard:
         if caller is None:
             sentence = "a valid API key is needed, as Authorization: Bearer KEY or x-api-key: KEY"
             return RequestError("unauthorized", sentence)
-        if not may_ask(caller, scope["method"], scope["path"]):
-            scopes = " or ".join(sorted(needed(scope["method"], scope["path"])))
-            return RequestError("forbidden", f"the key does not have the scope for this: {scopes}")
+        error = _scope_refusal(caller, scope["method"], scope["path"])
+        if error is not None:
+            return error
         wait = caller.take_request()
         if wait:
-            return RequestError("quota_exceeded", "the key's quota is used up", retry_after_s=wait)
+            return _quota_refusal(caller, wait)
         scope["state"]["caller"] = caller
         return None
 
 
 def is_public(method: str, path: str) -> bool:
-    """Whether it is answered without a key, where keys are configured."""
-    return method != "POST" and (path in PUBLIC or path.startswith(PAGE_FILES))
+    """Whether everybody may ask for it, without a key too."""
+    return method in ("GET", "HEAD") and (path in PUBLIC or path.startswith(PUBLIC_FILES))
 
 
 def may_ask(caller: Caller, method: str, path: str) -> bool:
     """Whether the key's scopes allow it."""
-    return bool(caller.key.scopes & needed(method, path))
+    return bool(caller.key.scopes & (needed(method, path) or frozenset()))
 
 
 @lru_cache(maxsize=256)
-def needed(method: str, path: str) -> set[str]:
-    """The scopes of which a key must have one. Unknown paths are an administrator's."""
-    asked = f"{method} {path}"
-    return next((scopes for rule, scopes in RULES if rule.fullmatch(asked)), ADMIN)
+def needed(method: str, path: str) -> frozenset[str] | None:
+    """The scopes of which a key must have one; None where no route is known for both."""
+    rules = (rule for rule in RULES if rule.method == method and rule.path.fullmatch(path))
+    rule = next(rules, None)
+    return rule.scopes if rule is not None else None
+
+
+def methods_of(path: str) -> list[str]:
+    """Those that a path is known with; none of an unknown path."""
+    methods = {rule.method for rule in RULES if rule.path.fullmatch(path)}
+    methods |= {"GET"} if is_public("GET", path) else set()
+    return sorted(methods | ({"HEAD"} if "GET" in methods else set()))
+
+
+def _scope_refusal(caller: Caller, method: str, path: str) -> RequestError | None:
+    scopes = needed(method, path)
+    if scopes is None:
+        if methods_of(path):
+            return RequestError("method_not_allowed", HTTPStatus(405).phrase)
+        return RequestError("not_found", HTTPStatus(404).phrase)
+    if caller.key.scopes & scopes:
+        return None
+    names = sorted(scopes)
+    sentence = f"the key does not have the scope for this: {' or '.join(names)}"
+    return RequestError("forbidden", sentence, scopes=names)
+
+
+def _quota_refusal(caller: Caller, wait: QuotaWait) -> RequestError:
+    key = caller.key
+    return RequestError(
+        "quota_exceeded",
+        f"the key's quota of {wait.of} is used up: {wait.quota}",
+        quota=wait.of,
+        limit=str(wait.quota),
+        key={"id": key.id, "name": key.name[:MAX_NAME]},
+        retry_after_s=wait.seconds,
+    )
 
 
 def caller_of(request: Request) -> Caller | None:
@@ -84,7 +144,16 @@ def check_adapter(request: Request, reference: str | None) -> None:
     """Raises RequestError where the request's key may not use this adapter; base is everybody's."""
     caller = caller_of(request)
     if caller is not None and not may_use(caller, reference):
-        raise RequestError("forbidden", "the key may not use this adapter")
+        raise _adapter_refusal(str(reference).partition("@")[0])
+
+
+def _adapter_refusal(name: str) -> RequestError:
+    """It names the adapter, unless that is not a name and so might be anything that was sent."""
+    try:
+        check_name(name)
+    except BadName:
+        return RequestError("forbidden", "the key may not use this adapter")
+    return RequestError("forbidden", f"the key may not use the adapter {name}", adapter=name)
 
 
 def may_use(caller: Caller, reference: str | None) -> bool:
@@ -97,6 +166,8 @@ async def _refuse(error: RequestError, scope: Scope, receive: Receive, send: Sen
     headers = answer.headers
     if error.code == "unauthorized":
         headers["www-authenticate"] = "Bearer"
+    if error.code == "method_not_allowed":
+        headers["allow"] = ", ".join(methods_of(scope["path"]))
     if any(name in (b"content-length", b"transfer-encoding") for name, _ in scope["headers"]):
         headers["connection"] = "close"  # the body is not read, so nothing can follow it
     await JSONAnswer(answer.body, answer.status, headers)(scope, receive, send)

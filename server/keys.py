@@ -12,6 +12,7 @@ import secrets
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
@@ -94,6 +95,15 @@ class Bucket:
         self.left -= cost
 
 
+@dataclass(frozen=True)
+class QuotaWait:
+    """A quota that is used up, and when it is there again."""
+
+    of: Literal["requests", "tokens"]
+    quota: Quota
+    seconds: int
+
+
 class Caller:
     """A live key with what is left of its quotas. Used on the event loop alone."""
 
@@ -102,15 +112,19 @@ class Caller:
         self.requests = Bucket(key.requests) if key.requests else None
         self.tokens = Bucket(key.tokens) if key.tokens else None
 
-    def take_request(self) -> int:
-        """0, and one request is counted; or the seconds to wait."""
-        wait = max(
-            self.requests.wait_s(1) if self.requests else 0,
-            self.tokens.wait_s() if self.tokens else 0,
-        )
-        if not wait and self.requests:
+    def take_request(self) -> QuotaWait | None:
+        """None, and one request is counted; or the quota to wait for longest."""
+        waits = []
+        if self.requests:
+            waits.append(QuotaWait("requests", self.requests.quota, self.requests.wait_s(1)))
+        if self.tokens:
+            waits.append(QuotaWait("tokens", self.tokens.quota, self.tokens.wait_s()))
+        longest = max(waits, key=lambda wait: wait.seconds, default=None)
+        if longest is not None and longest.seconds:
+            return longest
+        if self.requests:
             self.requests.take(1)
-        return wait
+        return None
 
     def take_tokens(self, tokens: int) -> None:
         """Counted once a request's tokens are known; a debt delays the key's next requests."""

@@ -1,6 +1,7 @@
 """The one settings object: flags, then TRUNKLINE_* in the environment, then a TOML file."""
 
 import difflib
+import ipaddress
 import json
 import math
 import os
@@ -12,17 +13,23 @@ from typing import Any, Literal
 
 import platformdirs
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 
 ENV_PREFIX = "TRUNKLINE_"
 MAX_SHOWN = 60  # characters of a name or a value, in a sentence about it
 # Settings that take 2GiB or 512MiB too.
 BYTES = ("adapter_memory", "host_memory", "max_adapter_bytes", "storage_quota", "max_body_bytes")
+LISTS = ("trusted_proxies", "cors_origins")  # with commas in the environment and as flags
 # What a setting takes, where its type alone doesn't tell.
 WANTED = {
     "device": "auto, cpu, cuda or cuda:N",
     "otlp_endpoint": "an address that begins with http:// or https://",
-    "fair_shares": "a table of numbers above 0 by adapter name (in the environment: a JSON object)",
-    **dict.fromkeys(BYTES, "bytes as 2GiB, 512MiB or a whole number"),
+    "fair_shares": "a table of numbers above 0 by adapter name or pattern (in the environment and "
+    "as a flag: a JSON object)",
+    "root_path": "a path as /llm",
+    "trusted_proxies": "a list of addresses, networks as 10.0.0.0/8, or unix",
+    "cors_origins": "a list of origins as https://example.com, or *",
+    **dict.fromkeys(BYTES, "bytes as 2GiB, 1.5GB, 512MiB or a whole number"),
 }
 KINDS: dict[Any, str] = {
     int: "a whole number",
@@ -32,6 +39,11 @@ KINDS: dict[Any, str] = {
     str | None: "a text",
     Path | None: "a path",
 }
+_BYTES = re.compile(r"(?P<number>\d+(\.\d+)?) ?((?P<unit>[KMGT]?)(?P<binary>i)?B?)", re.IGNORECASE)
+_SERVICE_LINK = re.compile(
+    r"TRUNKLINE_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)"
+)
+_NAME_PATTERN = re.compile(r"[a-z0-9._/*?\[\]!-]{1,200}")  # of a name that check_name takes
 CLIENT_VARIABLES = {"TRUNKLINE_URL", "TRUNKLINE_KEY"}  # of `trunkline adapters`: no settings
 
 
@@ -40,9 +52,37 @@ def default_data_dir() -> Path:
 
 
 def _parse_bytes(value: object) -> object:
-    """2GiB -> 2147483648; anything else as it is."""
-    match = re.fullmatch(r"(\d+) ?([KMGT])iB", value) if isinstance(value, str) else None
-    return int(match[1]) << (10 * ("KMGT".index(match[2]) + 1)) if match else value
+    """2GiB or 2Gi -> 2147483648, 2GB or 2G -> 2000000000; anything else as it is."""
+    match = _BYTES.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match is None:
+        return value
+    power = " kmgt".index(match["unit"].lower() or " ")
+    return int(float(match["number"]) * (1024 if match["binary"] else 1000) ** power)
+
+
+def service_links() -> list[str]:
+    """The variables that Kubernetes sets for a Service of our name: they are no settings."""
+    return sorted(name for name, value in os.environ.items() if _is_service_link(name, value))
+
+
+def _is_service_link(name: str, value: str) -> bool:
+    return bool(_SERVICE_LINK.fullmatch(name)) or (
+        name.startswith(ENV_PREFIX) and bool(re.match("(tcp|udp|sctp)://", value))
+    )
+
+
+def _network(name: str) -> str:
+    """Raises ValueError for what is no address, no network, and not `unix`."""
+    if name != "unix":
+        ipaddress.ip_network(name.strip("[]"), strict=False)
+    return name
+
+
+def _origin(origin: str) -> str:
+    """As browsers send it. Raises ValueError."""
+    if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#\s]+", origin.lower()):
+        raise ValueError("no origin")
+    return origin.lower().encode("ascii").decode()
 
 
 class Settings(BaseModel):
@@ -62,11 +102,43 @@ class Settings(BaseModel):
 
     @field_validator("fair_shares")
     @classmethod
-    def _shares_above_0(cls, value: dict[str, float]) -> dict[str, float]:
-        """One of 0 would wait for ever."""
-        if not all(0 < share < math.inf for share in value.values()):
-            raise ValueError("a share is not above 0")
+    def _possible_shares(cls, value: dict[str, float]) -> dict[str, float]:
+        """A share of 0 would wait for ever; a name that no adapter has would be ignored."""
+        for pattern, share in value.items():
+            if not _NAME_PATTERN.fullmatch(pattern):
+                raise PydanticCustomError("name", "{name}", {"name": _shown(pattern)})
+            if not 0 < share < math.inf:
+                raise ValueError("a share is not above 0")
         return value
+
+    @field_validator(*LISTS, mode="before")
+    @classmethod
+    def _words(cls, value: object) -> object:
+        """`a, b` of the environment and the command line."""
+        if not isinstance(value, str):
+            return value
+        return [word for word in (part.strip() for part in value.split(",")) if word]
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _networks(cls, value: list[str]) -> list[str]:
+        return [_network(name) for name in value]
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins(cls, value: list[str]) -> list[str]:
+        return [_origin(origin) for origin in value]
+
+    @field_validator("root_path")
+    @classmethod
+    def _without_the_last_slash(cls, value: str) -> str:
+        return value.rstrip("/")
+
+    @field_validator("host")
+    @classmethod
+    def _without_brackets(cls, value: str) -> str:
+        """[::1] as ::1, which is what sockets take."""
+        return value[1:-1] if value.startswith("[") and value.endswith("]") else value
 
     backbone: Path | None = Field(None, description="Backbone folder; default: the demo trunk.")
     adapters: Path | None = Field(
@@ -74,6 +146,24 @@ class Settings(BaseModel):
     )
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    uds: Path | None = Field(
+        None, description="Path of a unix socket to listen on, in place of host and port."
+    )
+    root_path: str = Field(
+        "",
+        pattern=r"^(/[A-Za-z0-9._~-]+)*/?$",
+        description="Prefix of the address under which a proxy shows this server, as /llm; the "
+        "proxy may pass it on or strip it.",
+    )
+    trusted_proxies: list[str] = Field(
+        default=[],
+        description="Addresses and networks of proxies whose X-Forwarded-For, -Proto and -Host are "
+        "believed, and `unix` for the unix socket.",
+    )
+    cors_origins: list[str] = Field(
+        default=[],
+        description="Origins whose pages may call this server from a browser; * is every origin.",
+    )
     device: str = Field(
         "auto",
         pattern=r"^(auto|cpu|cuda(:[0-9]{1,2})?)$",
@@ -102,7 +192,9 @@ class Settings(BaseModel):
         None, description="Folder that /v1/load_lora_adapter may read; default: none."
     )
     fair_shares: dict[str, float] = Field(
-        default={}, description="Share of an adapter in the queue by its name; 1 where not named."
+        default={},
+        description="Share of an adapter in the queue, by its name or a pattern as acme/*; the "
+        "first that fits counts, 1 where none does.",
     )
     debug_slots: bool = Field(False, description="Fill freed slots with NaN.")
     max_batch_tokens: int = Field(4096, ge=1, description="Tokens in one batch.")
@@ -163,22 +255,28 @@ class BadSettings(ValueError):
 
 
 def load_settings(flags: dict[str, Any], file: Path | None = None) -> Settings:
-    """Flags over the environment over the file over the defaults. Raises BadSettings."""
+    """Flags over the environment over the file over the defaults. Raises BadSettings.
+
+    An empty variable counts as unset; Kubernetes' service links are passed over.
+    """
     variables = {
         name.removeprefix(ENV_PREFIX).lower(): (name, value)
         for name, value in os.environ.items()
-        if name.startswith(ENV_PREFIX) and name not in CLIENT_VARIABLES
+        if name.startswith(ENV_PREFIX) and value and name not in CLIENT_VARIABLES
+        if not _is_service_link(name, value)
     }
     sources = {key: (str(file), value) for key, value in _read(file).items()} | variables
     sources |= {key: (f"--{key.replace('_', '-')}", value) for key, value in flags.items()}
     try:
         return Settings(**{key: value for key, (_, value) in sources.items()})
     except ValidationError as error:
-        name = str(error.errors(include_url=False)[0]["loc"][0])
+        first = error.errors(include_url=False)[0]
+        name = str(first["loc"][0])
         source, value = sources[name]
-        raise BadSettings(
-            f"setting {_shown(name)}: {_fault(name, value)} (from {source})"
-        ) from error
+        fault = _fault(name, value)
+        if first["type"] == "name":
+            fault = f"no adapter can be called {first['ctx']['name']}, and no pattern is like it"
+        raise BadSettings(f"setting {_shown(name)}: {fault} (from {source})") from error
 
 
 def _read(file: Path | None) -> dict[str, Any]:

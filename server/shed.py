@@ -15,12 +15,14 @@ from starlette.types import Scope
 from adapters.errors import TrunklineError
 from server.bodies import is_json
 from server.connection import Refusal
+from server.cors import Cors
 from server.engine.errors import Overloaded
 from server.errors import error_answer
 from server.guard import may_ask, may_use
 from server.keys import Caller, KeyRing
 from server.middleware import note_answer, request_id_of
 from server.named_path import route_path, split_path
+from server.paths import routed
 from server.schemas import MAX_ADAPTERS
 from server.state import ServerState
 
@@ -45,8 +47,11 @@ class Shed:
     some, or for the queue.
     """
 
-    def __init__(self, state: ServerState, keys: KeyRing, paths: Collection[str]) -> None:
+    def __init__(
+        self, state: ServerState, keys: KeyRing, paths: Collection[str], cors: Cors
+    ) -> None:
         self._state, self._keys, self._paths = state, keys, frozenset(paths)
+        self._cors = cors
 
     def __call__(self, scope: Scope, body: bytes) -> Refusal | None:
         """The refusal of a request whose body is all here; None lets it pass."""
@@ -54,8 +59,10 @@ class Shed:
         if not engine.admission.crowded or not engine.ready:
             return None
         began = time.monotonic()
-        if scope["method"] != "POST" or route_path(scope["path"]) not in self._paths:
+        path = routed(scope["path"], self._state.settings.root_path, scope["method"])
+        if scope["method"] != "POST" or route_path(path) not in self._paths:
             return None
+        scope = {**scope, "path": path}  # the connection's own goes the usual way if it passes
         references = _references(scope, body, self._state.backbone.id)
         error = self._error(scope, references) if references else None
         return self._told(scope, error, began) if error is not None else None
@@ -82,6 +89,7 @@ class Shed:
         answer = error_answer(error, scope["path"], request_id.decode())
         headers = [(b"content-type", b"application/json"), (b"x-request-id", request_id)]
         headers += [(name.encode(), value.encode()) for name, value in answer.headers.items()]
+        headers += self._cors.headers(scope["headers"])
         facts = {"request_id": request_id.decode()}  # no task's context has it
         route = route_path(scope["path"])
         note_answer(self._state.metrics, scope, route, answer.status, began, lambda: facts)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from loadtest.environment import own_packages
+
 STARTS_WITHIN_S = 120.0
 LOOKS_EVERY_S = 0.005
 
@@ -55,6 +57,7 @@ def running(
 ) -> Iterator[Running]:
     """`python -m MODULE`, which prints its address. Raises DidNotStart."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TRUNKLINE_")}
+    environment |= own_packages()
     with log.open("wb") as out, on_cores(cores):
         began = time.monotonic()
         process = subprocess.Popen(

@@ -42,7 +42,9 @@ def server(*arguments: str) -> Iterator[httpx.Client]:
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         command = [sys.executable, "-m", "server.cli", "serve", "--port", "0", *arguments]
-        environment = os.environ | {"TRUNKLINE_DATA_DIR": f"{folder}/data"}
+        root = str(Path(__file__).parent.parent.parent)  # its own packages, in any folder
+        environment = os.environ | {"TRUNKLINE_DATA_DIR": f"{folder}/data", "PYTHONPATH": root}
+        environment["PYTHONSAFEPATH"] = "1"
         with log.open("wb") as out:
             process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
         try:

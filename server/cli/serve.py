@@ -1,14 +1,11 @@
 """trunkline serve."""
 
 import gc
-import ipaddress
 import logging
 import os
-import socket
 import sys
 import threading
 import typing
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -23,16 +20,17 @@ from model.checkpoint import BackboneError
 from model.quantized import Int8Unavailable
 from server import __version__
 from server.app import create_app, direct
+from server.cli.banner import MAX_NAMES, facts, print_banner
+from server.cli.listener import is_loopback, listen, removed_at_end, url_of
 from server.cli.trunk_folder import TrunkFolder
 from server.connection import BoundedReads
 from server.keys import BadKeys, KeyRing
 from server.logs import announce, configure_logs
-from server.settings import BYTES, BadSettings, Settings, load_settings
+from server.settings import BYTES, LISTS, BadSettings, Settings, load_settings, service_links
 from server.state import ServerState
 
 log = logging.getLogger("trunkline.serve")
 
-MAX_NAMES = 8  # of adapters, told at the start
 ENGINE_LOST = 70  # exit status: the engine died or is stuck; start the server again
 # Longer than clients and balancers keep an idle connection: who closes first risks the request that
 # is on its way. uvicorn's 5 s are httpx's own.
@@ -42,19 +40,20 @@ KEEP_ALIVE_S = 75
 ACCEPTS = 8
 YOUNG_OBJECTS = 10_000  # before they are looked through for cycles
 START_FAULTS = (BadSettings, BadKeys, BackboneError, Int8Unavailable, TrunklineError)
-NOT_FLAGS = {"backbone", "fair_shares"}  # an argument; a table of the TOML file
+AS_TEXT = {*BYTES, *LISTS, "fair_shares"}  # of the flags: with units, with commas, JSON
+NOT_FLAGS = {"backbone"}  # an argument
 
 
 def _flag(name: str) -> click.Option:
     """The flag of one settings field, under its own name, with its own help."""
     field = Settings.model_fields[name]
-    default = "" if field.default is None else f" [default: {field.default}]"
+    default = "" if field.default in (None, "", [], {}) else f" [default: {field.default}]"
     short = ["--data"] if name == "data_dir" else []
     if name == "insecure":
         return click.Option(["--insecure"], is_flag=True, default=None, help=str(field.description))
     return click.Option(
         [f"--{name.replace('_', '-')}", *short, name],
-        type=str if name in BYTES else _flag_type(field.annotation),
+        type=str if name in AS_TEXT else _flag_type(field.annotation),
         help=f"{field.description}{default}",
     )
 
@@ -78,10 +77,14 @@ def _serve(backbone: Path | None, config: Path | None, **flags: Any) -> None:
     except BadSettings as error:
         raise click.ClickException(str(error)) from error
     configure_logs(settings.log_level, settings.log_format)
+    if links := service_links():
+        log.info(
+            "passed over %d variables of Kubernetes' service links, as %s", len(links), links[0]
+        )
     try:
         app = create_app(settings)
         _refuse_open_door(settings, app.state.keys)
-        listener = _listen(settings)
+        listener = listen(settings)
     except START_FAULTS as error:
         raise Refused(str(error), settings.log_format) from error
     server = DrainingServer(
@@ -94,20 +97,21 @@ def _serve(backbone: Path | None, config: Path | None, **flags: Any) -> None:
             log_config=None,
             access_log=False,
             server_header=False,
-            proxy_headers=False,  # nothing here asks who the client is
+            proxy_headers=False,  # server/proxies.py
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=settings.grace_s,
         ),
         app.state.server,
     )
-    _announce(app, settings, listener.getsockname()[1])
+    _announce(app, settings, url_of(settings, listener))
     # Some 100,000 objects of torch, pydantic and the app live as long as the process: a full
     # collection that walks them all holds every request up for 60 ms, several times a minute.
     gc.collect()
     gc.freeze()
     # At 700, the default, collections of young objects are an eighth of the event loop's time.
     gc.set_threshold(YOUNG_OBJECTS, 10, 10)
-    server.run(sockets=[listener, *(listener.dup() for _ in range(ACCEPTS - 1))])
+    with removed_at_end(settings):
+        server.run(sockets=[listener, *(listener.dup() for _ in range(ACCEPTS - 1))])
     if server.engine_lost:
         logging.shutdown()
         os._exit(ENGINE_LOST)  # a stuck thread can't be joined
@@ -129,28 +133,11 @@ class Refused(click.ClickException):
 
 def _refuse_open_door(settings: Settings, keys: KeyRing) -> None:
     """Raises BadSettings for an address that others reach, without keys, unless told to."""
-    try:
-        loopback = ipaddress.ip_address(settings.host).is_loopback
-    except ValueError:
-        loopback = settings.host == "localhost"
-    if not (loopback or keys.configured or settings.insecure):
+    if not (is_loopback(settings) or keys.configured or settings.insecure):
         raise BadSettings(
             f"{settings.host} is not loopback and no API keys are configured: make one with "
             f"`trunkline keys --file {keys.path} new`, or give --insecure"
         )
-
-
-def _listen(settings: Settings) -> socket.socket:
-    """Raises BadSettings, with the address, where it can't be had."""
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    try:
-        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
-    except (OSError, UnicodeError) as error:  # UnicodeError: no host is called so
-        number = error.errno if isinstance(error, OSError) else None
-        why = os.strerror(number) if number and number > 0 else "no address has this name"
-        raise BadSettings(
-            f"can't listen on {settings.host}:{settings.port}: {why}; try another --host or --port"
-        ) from error
 
 
 class DrainingServer(uvicorn.Server):
@@ -184,52 +171,17 @@ class DrainingServer(uvicorn.Server):
         self._captured_signals.clear()  # raised again at the end, they would be the exit status
 
 
-def _announce(app: FastAPI, settings: Settings, port: int) -> None:
+def _announce(app: FastAPI, settings: Settings, url: str) -> None:
     """What is served, where and in which dtype: as text, or as a log line where those are JSON."""
     state: ServerState = app.state.server
     names = [named.name for named in state.library.registry.page(limit=MAX_NAMES + 1)]
-    url = f"http://{settings.host}:{port}"
     if settings.log_format == "json":
         # The address is a word of its own, as in the text: who started the server looks for it.
         sentence = f"trunkline {__version__} at {url} serves {state.backbone.id}"
-        announce(sentence, {"url": url} | _facts(state, app.state.keys, names))
+        announce(sentence, {"url": url} | facts(state, app.state.keys, names))
     else:
-        _print_banner(state, app.state.keys, names, url)
+        print_banner(state, app.state.keys, names, url)
     sys.stdout.flush()
-
-
-def _facts(state: ServerState, keys: KeyRing, names: Sequence[str]) -> dict[str, Any]:
-    return {
-        "version": __version__,
-        "backbone": state.backbone.id,
-        "digest": state.backbone.digest,
-        "dtype": state.dtype,
-        "device": state.device,
-        "operators": state.operators,
-        "adapters": names[:MAX_NAMES],
-        "adapter_count": state.library.registry.count(),
-        "keys": str(keys.path) if keys.configured else None,
-    }
-
-
-def _print_banner(state: ServerState, keys: KeyRing, names: Sequence[str], url: str) -> None:
-    """With a request to try."""
-    count = state.library.registry.count()
-    adapter = f'"adapter": "{names[0]}", ' if names else ""
-    shown = ", ".join(names[:MAX_NAMES]) + (", ..." if len(names) > MAX_NAMES else "")
-    click.echo(
-        f"trunkline {__version__}: {state.backbone.id}, {state.dtype} on {state.device} "
-        f"({state.operators} operators), at {url}"
-    )
-    click.echo(f"{count} adapters: {shown}" if names else "no adapters yet: the backbone alone")
-    key = ""
-    if keys.configured:
-        click.echo(f"API keys: {keys.path}")
-        key = "-H 'authorization: Bearer KEY' "
-    click.echo(
-        f"try: curl -s {url}/critic {key}-H 'content-type: application/json' \\\n"
-        f'       -d \'{{{adapter}"inputs": "To be, or not to be"}}\''
-    )
 
 
 serve = click.Command(

@@ -14,6 +14,7 @@ from adapters.versions import Version
 from server.engine.job import Job
 from server.engine.lately import PERIOD_S, Lately
 from server.engine.outlook import Demand, Outlook, outlook
+from server.engine.shares import Shares
 
 # Tokens a line may send in one round: about one long row, so that rounds are short and whole.
 QUANTUM = 512
@@ -81,7 +82,7 @@ class JobQueue:
     """
 
     def __init__(self, weights: Mapping[str, float] | None = None) -> None:
-        self._weights = dict(weights or {})  # adapter name -> share, 1 where not named
+        self._weights = Shares(weights or {})
         # In the order of their turns; all of the new before any of the round. One that was emptied
         # stays in the round until its turn would come, so that it is not new again before that.
         self._new: OrderedDict[LineKey, Line] = OrderedDict()
@@ -181,7 +182,7 @@ class JobQueue:
         return line
 
     def _weight_of(self, key: LineKey) -> float:
-        return self._weights.get(key[1], 1.0)
+        return self._weights.of(key[1])
 
     def _find(self, key: LineKey) -> Line | None:
         return self._new.get(key) or self._round.get(key)

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic.json_schema import models_json_schema
 
 from adapters.names import ALIAS_PATTERN, NAME_PATTERN
-from server.guard import PUBLIC, needed
+from server.guard import is_public, needed
 from server.routes.documented import (
     BYTES,
     CODES,
@@ -151,7 +151,7 @@ def _error_schemas() -> Json:
 
 def _complete(method: str, path: str, operation: Json) -> None:
     operation |= _texts(method, path, operation.get("description", ""))
-    if not _is_public(method, path):
+    if not is_public(method.upper(), path):
         # {}: on a server without keys none
         operation["security"] = [*({scheme: []} for scheme in SCHEMES), {}]
     if _uploaded(operation):
@@ -167,16 +167,12 @@ def _complete(method: str, path: str, operation: Json) -> None:
         _add_headers(int(status), response)
 
 
-def _is_public(method: str, path: str) -> bool:
-    return path in PUBLIC and method in ("get", "head")
-
-
 def _texts(method: str, path: str, docstring: str) -> dict[str, str]:
     """The docstring's first sentence as the summary, all of it with the scope as description."""
     text = " ".join(docstring.split())
     first = re.split(r"(?<=[.:;]) ", text, maxsplit=1)[0].rstrip(".:;")
-    scopes = " or ".join(f"`{scope}`" for scope in sorted(needed(method.upper(), path)))
-    if not _is_public(method, path):
+    scopes = " or ".join(f"`{scope}`" for scope in sorted(needed(method.upper(), path) or ()))
+    if not is_public(method.upper(), path):
         text += f"\n\nWhere keys are configured, the key needs the scope {scopes}."
     return {"summary": first, "description": text.strip()}
 

@@ -55,6 +55,12 @@ def test_every_object_fits_its_schema(values: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("values", VARIANTS.values(), ids=VARIANTS)
+def test_no_pod_gets_variables_of_other_services(values: tuple[str, ...]) -> None:
+    pod, _ = container_of(rendered(*values))
+    assert pod["enableServiceLinks"] is False
+
+
+@pytest.mark.parametrize("values", VARIANTS.values(), ids=VARIANTS)
 def test_the_grace_covers_a_whole_drain(values: tuple[str, ...]) -> None:
     pod, container = container_of(rendered(*values))
     environment = {entry["name"]: entry["value"] for entry in container["env"]}

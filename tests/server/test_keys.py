@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from conftest import Serve, Served, start_server
 
 from server.cli import main
-from server.guard import PUBLIC, needed
+from server.guard import PUBLIC, is_public, needed
 from server.keys import BadKeys, Bucket, KeyRing, Quota, new_key, read_keys, revoke_key
 
 BODY = {"adapter": "plain", "inputs": "abc"}
@@ -66,7 +66,7 @@ def test_without_a_key_nothing_but_health_and_documents_is_answered(
             assert code(answer) == (401, "unauthorized")
 
 
-def test_a_scope_allows_its_routes_only_and_unknown_paths_are_an_admin_s(
+def test_a_scope_allows_its_routes_only_and_a_mistyped_path_is_404(
     keyed: tuple[Served, dict[str, str]], ring: Path
 ) -> None:
     served, admin = keyed
@@ -79,7 +79,13 @@ def test_a_scope_allows_its_routes_only_and_unknown_paths_are_an_admin_s(
         refused = client.get("/metrics", headers=infer)
         assert code(refused) == (403, "forbidden")
         assert "admin or metrics" in refused.json()["error"]["message"]
-        assert code(client.get("/no/such/path", headers=infer)) == (403, "forbidden")
+        for key in (infer, metrics, admin):
+            assert code(client.get("/no/such/path", headers=key)) == (404, "not_found")
+            assert code(client.post("/encod", headers=key)) == (404, "not_found")
+            wrong = client.put("/encode", headers=key)
+            assert code(wrong) == (405, "method_not_allowed")
+            assert wrong.headers["allow"] == "POST"
+            assert client.delete("/", headers=key).headers["allow"] == "GET, HEAD"
         assert client.get("/metrics", headers=metrics).status_code == 200
         assert code(client.get("/debug/engine", headers=infer)) == (403, "forbidden")
         assert client.get("/debug/engine", headers=admin).json()["leases"] == 0
@@ -101,7 +107,9 @@ def test_a_key_uses_the_adapters_of_its_patterns_only(
             answer = client.post("/encode", json=BODY | {"adapter": reference}, headers=own)
             assert answer.status_code == 200
         body = {"adapters": ["plain", "full"], "inputs": "abc"}
-        assert code(client.post("/encode", json=body, headers=own)) == (403, "forbidden")
+        refused = client.post("/encode", json=body, headers=own)
+        assert code(refused) == (403, "forbidden")
+        assert refused.json()["error"]["details"]["adapter"] == "full"
         assert [row["name"] for row in client.get("/adapters", headers=own).json()["data"]] == [
             "plain"
         ]
@@ -161,6 +169,9 @@ def test_a_used_up_quota_is_429_with_the_time_to_wait(
         answer = client.post("/encode", json=BODY, headers=requests)
         assert code(answer) == (429, "quota_exceeded")
         assert 1 <= int(answer.headers["retry-after"]) <= 1200
+        details = answer.json()["error"]["details"]
+        assert (details["quota"], details["limit"]) == ("requests", "3/h")
+        assert details["key"]["id"] == requests["authorization"].split("_")[1]
         for status in (200, 200, 429):  # 3 tokens of 5, then one request overdraws
             assert client.post("/encode", json=BODY, headers=tokens).status_code == status
 
@@ -250,10 +261,31 @@ def test_at_most_16_kib_of_a_body_without_a_key_are_read(
     assert bytes_read(served) - before <= 20 * (16 << 10)
 
 
-@pytest.mark.parametrize("scope", ["PUT /adapters/a", "DELETE /adapters/a", "GET /debug/engine"])
-def test_what_is_not_listed_is_an_admin_s(scope: str) -> None:
-    assert needed(*scope.split()) == {"admin"}
-    assert needed("POST", "/encode/") == needed("POST", "/encode\n") == {"admin"}
+@pytest.mark.parametrize("asked", ["PUT /adapters/a", "DELETE /adapters/a", "GET /debug/engine"])
+def test_changes_are_an_admin_s(asked: str) -> None:
+    assert needed(*asked.split()) == {"admin"}
+
+
+@pytest.mark.parametrize("path", ["/encode/", "/encode\n", "/Encode", "//encode", "/v1/x", "/"])
+def test_what_has_no_rule_is_nobody_s(path: str) -> None:
+    assert needed("POST", path) is None
+
+
+def test_every_route_of_the_document_is_public_or_has_a_rule(tiny_server: Served) -> None:
+    with tiny_server.client() as client:
+        paths = client.get("/openapi.json").json()["paths"]
+    for path, operations in paths.items():
+        example = re.sub(r"{name}", "acme/tone", re.sub(r"{number}", "1", path))
+        example = re.sub(r"{\w+}", "stable", example)
+        for method in operations:
+            known = needed(method.upper(), example) is not None
+            assert known or is_public(method.upper(), path), f"{method} {path} needs a rule"
+
+
+def test_only_reading_is_public() -> None:
+    for path in (*PUBLIC, "/static-offline-docs/swagger-ui.css"):
+        assert is_public("GET", path)
+        assert not is_public("POST", path)
 
 
 def test_a_public_address_without_keys_is_refused(tiny_backbone: Path, tmp_path: Path) -> None:
@@ -331,7 +363,7 @@ def test_the_openapi_document_asks_for_a_key_where_the_guard_does(tiny_server: S
     assert {scheme["type"] for scheme in schemes.values()} == {"http", "apiKey"}
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
-            public = path in PUBLIC and method == "get"
+            public = is_public(method.upper(), path)
             wanted = [] if public else [*({scheme: []} for scheme in schemes), {}]
             assert operation.get("security", []) == wanted, path
 

@@ -11,8 +11,10 @@ from pydantic import ValidationError
 
 from server.app import DEMO_ADAPTERS, DEMO_BACKBONE
 from server.cli import main
+from server.cli.client import DEFAULT_URL, Server
 from server.cli.serve import serve
-from server.settings import BadSettings, Settings, load_settings, wanted
+from server.engine.shares import Shares
+from server.settings import BadSettings, Settings, load_settings, service_links, wanted
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +82,7 @@ def test_other_programs_variables_are_none_of_ours(monkeypatch: pytest.MonkeyPat
         ("port = {a = 1}\n", 'setting port: .*, not {"a": 1} '),
         ('dtype = "int4"\n', "setting dtype: .* one of auto, float32, bfloat16, int8, not "),
         ('device = "gpu"\n', "setting device: it must be auto, cpu, cuda or cuda:N, not "),
-        ('adapter_memory = "2GB"\n', "setting adapter_memory: .*2GiB, .*65536 or more, not "),
+        ('adapter_memory = "2XB"\n', "setting adapter_memory: .*2GiB, .*65536 or more, not "),
         ("backbone = 3\n", "setting backbone: it must be a path, not 3 "),
         ("insecure = 3\n", "setting insecure: it must be true or false, not 3 "),
         (
@@ -148,8 +150,8 @@ def test_every_field_has_a_help_text_and_a_default(name: str) -> None:
 def test_the_command_line_shows_every_setting_with_its_help() -> None:
     shown = " ".join(CliRunner().invoke(main, ["serve", "--help"]).output.split())
     for name, field in Settings.model_fields.items():
-        if name == "backbone" or field.annotation == dict[str, float]:
-            continue  # the argument; a table of the file
+        if name == "backbone":
+            continue  # the argument
         assert f"--{name.replace('_', '-')}" in shown
         assert field.description[:20] in shown
 
@@ -229,3 +231,124 @@ def test_an_import_root_that_is_no_folder_ends_the_command_with_a_sentence(tmp_p
     result = CliRunner().invoke(main, ["serve", "--import-root", str(typo)], env=environment)
     assert result.exit_code == 1
     assert f"{typo} is no folder" in result.output
+
+
+SERVICE_LINKS = {
+    "TRUNKLINE_PORT": "tcp://10.0.0.1:8000",
+    "TRUNKLINE_SERVICE_HOST": "10.0.0.1",
+    "TRUNKLINE_SERVICE_PORT": "8000",
+    "TRUNKLINE_SERVICE_PORT_HTTP": "8000",
+    "TRUNKLINE_PORT_8000_TCP": "tcp://10.0.0.1:8000",
+    "TRUNKLINE_PORT_8000_TCP_PROTO": "tcp",
+    "TRUNKLINE_PORT_8000_TCP_PORT": "8000",
+    "TRUNKLINE_PORT_8000_TCP_ADDR": "10.0.0.1",
+    "TRUNKLINE_METRICS_SERVICE_HOST": "10.0.0.2",
+    "TRUNKLINE_METRICS_PORT": "tcp://10.0.0.2:9090",
+    "TRUNKLINE_METRICS_PORT_9090_TCP_ADDR": "10.0.0.2",
+}
+
+
+def test_service_links_of_kubernetes_are_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in SERVICE_LINKS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TRUNKLINE_MAX_INPUTS", "7")
+    assert load_settings({}) == Settings(max_inputs=7)
+    assert service_links() == sorted(SERVICE_LINKS)
+
+
+@pytest.mark.parametrize("name", [*Settings.model_fields, "prot"])
+def test_an_empty_variable_means_unset(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"TRUNKLINE_{name.upper()}", "")
+    assert load_settings({}) == Settings()
+
+
+def test_an_empty_address_or_key_of_the_client_means_unset(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[str, str | None]] = []
+
+    class Noted(Server):
+        def __init__(self, url: str, key: str | None) -> None:
+            seen.append((url, key))
+            raise click.ClickException("noted")
+
+    monkeypatch.setattr("server.cli.client.Server", Noted)
+    environment = {"TRUNKLINE_URL": "", "TRUNKLINE_KEY": ""}
+    CliRunner().invoke(main, ["adapters", "ls"], env=environment)
+    assert seen == [(DEFAULT_URL, None)]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("512MiB", 512 << 20),
+        ("2 GiB", 2 << 30),
+        ("2gib", 2 << 30),
+        ("512Mi", 512 << 20),
+        ("1.5GiB", 3 << 29),
+        ("512MB", 512_000_000),
+        ("1 kB", 1000),
+        ("100KB", 100_000),
+        ("512M", 512_000_000),
+        ("1.5GB", 1_500_000_000),
+        ("1TB", 10**12),
+        ("65536", 65536),
+        ("65536B", 65536),
+    ],
+)
+def test_bytes_have_the_units_that_people_write(text: str, size: int) -> None:
+    assert load_settings({"storage_quota": text}).storage_quota == size
+
+
+@pytest.mark.parametrize("text", ["2XB", "-1GB", "GB", "1,5GB", "1e9", "0x10", "2 G i B"])
+def test_other_units_are_refused(text: str) -> None:
+    with pytest.raises(BadSettings, match="setting storage_quota: it must be bytes as 2GiB"):
+        load_settings({"storage_quota": text})
+
+
+def test_shares_may_be_patterns_and_a_flag() -> None:
+    flags = ["--fair-shares", '{"acme/*": 2, "acme/tone": 3}']
+    given: dict[str, object] = {}
+    command = click.Command(
+        "serve", params=serve.params, callback=lambda **flags: given.update(flags)
+    )
+    command.main(flags, standalone_mode=False)
+    shares = Shares(load_settings({"fair_shares": given["fair_shares"]}).fair_shares)
+    assert [shares.of(n) for n in ("acme/tone", "acme/x", "other", "")] == [3.0, 2.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("name", ["ACME/tone", "acme tone", "", "a@3", "a" * 300])
+def test_a_share_of_an_impossible_name_is_refused(name: str) -> None:
+    with pytest.raises(BadSettings, match="setting fair_shares: no adapter can be called "):
+        load_settings({"fair_shares": {name: 2.0}})
+
+
+def test_lists_are_words_with_commas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRUNKLINE_TRUSTED_PROXIES", "10.0.0.0/8, ::1,unix")
+    monkeypatch.setenv("TRUNKLINE_CORS_ORIGINS", "https://Page.example, http://localhost:3000")
+    settings = load_settings({})
+    assert settings.trusted_proxies == ["10.0.0.0/8", "::1", "unix"]
+    assert settings.cors_origins == ["https://page.example", "http://localhost:3000"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("trusted_proxies", "10.0.0.0/40"),
+        ("trusted_proxies", "proxy.example"),
+        ("cors_origins", "page.example"),
+        ("cors_origins", "https://page.example/path"),
+        ("cors_origins", "https://pagé.example"),
+        ("root_path", "llm"),
+        ("root_path", "/a//b"),
+        ("root_path", "/a b"),
+    ],
+)
+def test_an_impossible_address_is_refused(name: str, value: str) -> None:
+    with pytest.raises(BadSettings, match=f"setting {name}: it must be a "):
+        load_settings({name: value})
+
+
+def test_root_path_and_host_are_kept_plain() -> None:
+    settings = load_settings({"root_path": "/llm/", "host": "[::1]"})
+    assert (settings.root_path, settings.host) == ("/llm", "::1")

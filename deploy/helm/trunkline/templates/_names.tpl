@@ -28,6 +28,7 @@ metadata:
 spec:
   terminationGracePeriodSeconds: {{ add .Values.drain.preStopSeconds .Values.drain.windowSeconds .Values.drain.requestSeconds 5 }}
   automountServiceAccountToken: false
+  enableServiceLinks: false # a Service called trunkline would set TRUNKLINE_PORT=tcp://...
   securityContext:
     runAsNonRoot: true
     runAsUser: 10001

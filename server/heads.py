@@ -1,0 +1,23 @@
+"""HEAD wherever GET is: the same answer without its body."""
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+
+class Heads:
+    """Pure ASGI: `app` sees a GET; the connection, which knows the method, sends the headers alone.
+
+    Everything behind it, the guard too, thus treats both alike.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self.app(scope, receive, send)
+            return
+        as_get = {**scope, "method": "GET"}
+        try:
+            await self.app(as_get, receive, send)
+        finally:
+            scope["route"] = as_get.get("route")  # for the metrics and the log

@@ -1,0 +1,1 @@
+"""The `trunkline` program: finds its own packages, whatever the folder it is called in holds."""
