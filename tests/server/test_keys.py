@@ -85,7 +85,7 @@ def test_a_scope_allows_its_routes_only_and_a_mistyped_path_is_404(
             wrong = client.put("/encode", headers=key)
             assert code(wrong) == (405, "method_not_allowed")
             assert wrong.headers["allow"] == "POST"
-            assert client.delete("/", headers=key).headers["allow"] == "GET, HEAD"
+            assert client.delete("/", headers=key).headers["allow"] == "GET, HEAD, POST"
         assert client.get("/metrics", headers=metrics).status_code == 200
         assert code(client.get("/debug/engine", headers=infer)) == (403, "forbidden")
         assert client.get("/debug/engine", headers=admin).json()["leases"] == 0
@@ -266,7 +266,7 @@ def test_changes_are_an_admin_s(asked: str) -> None:
     assert needed(*asked.split()) == {"admin"}
 
 
-@pytest.mark.parametrize("path", ["/encode/", "/encode\n", "/Encode", "//encode", "/v1/x", "/"])
+@pytest.mark.parametrize("path", ["/encode/", "/encode\n", "/Encode", "//encode", "/v1/x"])
 def test_what_has_no_rule_is_nobody_s(path: str) -> None:
     assert needed("POST", path) is None
 
