@@ -6,6 +6,7 @@ from pydantic import BaseModel, Field
 
 from adapters.slots import PoolStats
 from model.config import GPTConfig
+from server.answer_shapes.presence import sometimes
 from server.answer_shapes.tei import TeiInfo
 
 
@@ -15,10 +16,23 @@ class Health(BaseModel):
     status: Literal["ok"]
 
 
+class UnservedFile(BaseModel):
+    """A file of the adapter folder that is not served."""
+
+    file: str
+    reason: str
+
+
+class ReadinessDetails(BaseModel):
+    unusable_files: int = Field(description="Files of the adapter folder that are not served.")
+    unusable: list[UnservedFile] = sometimes("Those files; only on a server without keys.")
+
+
 class Readiness(BaseModel):
     """The server takes traffic."""
 
     status: Literal["ready"]
+    details: ReadinessDetails = sometimes("Only where there are files that are not served.")
 
 
 class BackboneHeads(BaseModel):

@@ -114,7 +114,7 @@ async def adapters(request: Request) -> Response:
 
 @router.put(
     "/{name:adapter}/aliases/{alias}",
-    responses=errors(*BODY, *says.CONDITIONS, "adapter_not_found", "version_not_found")
+    responses=errors(*BODY, *says.CONDITIONS, *NAMED, "read_only", "storage_full")
     | says.with_headers(ok(MovedAlias, says.ALIAS_EXAMPLE, says="It is moved."), "ETag"),
     openapi_extra=json_body(AliasRequest, promote={"version": 1}) | CONDITIONAL,
 )

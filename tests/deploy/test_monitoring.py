@@ -20,7 +20,7 @@ import yaml
 from conftest import Served
 
 from loadtest.adapter_file import AdapterMaker
-from server.routes import adapters, critic, encode, openai
+from server.routes import adapters, critic, encode, openai, residency
 
 ROOT = Path(__file__).parent.parent.parent
 RULES = ROOT / "deploy" / "prometheus" / "rules.yml"
@@ -71,7 +71,7 @@ def test_an_expression_asks_for_metrics_that_are_exported(
 
 
 def test_routes_of_the_dashboard_are_the_servers(tiny_server: Served) -> None:
-    paths = {r.path for m in (adapters, critic, encode, openai) for r in m.router.routes}
+    paths = {r.path for m in (adapters, critic, encode, openai, residency) for r in m.router.routes}
     for expression in [*dashboard_expressions(), *rule_expressions()]:
         for operator, value in re.findall(r'route(=~?)"([^"]+)"', expression):
             routes = value.split("|") if operator == "=~" else [value]
