@@ -41,7 +41,9 @@ RULES = [
     *_rules("POST", INFER, "/encode", "/critic", "/classify", "/tokenize", "/detokenize"),
     *_rules("POST", INFER, "/v1/embeddings", "/rerank", "/v1/rerank", "/v2/rerank"),
     *_rules("POST", INFER, "/", "/embed", "/embed_all", "/similarity", "/predict"),
-    *_rules("GET", ADMIN, "(?s:/adapters/.+/file)"),  # the weights are their owner's property
+    # The weights are their owner's property. The router passes over one line end at the end of a
+    # path, so /adapters/x/file%0A is the file too: the rule for reading must not be the one for it.
+    *_rules("GET", ADMIN, r"(?s:/adapters/.*/file\n?)"),
     *_rules("GET", READ, "/adapters", "(?s:/adapters/.*)", "/diff", "/info"),
     *_rules("GET", READ, "/v1/models", "(?s:/v1/models/.+)"),
     *_rules("PUT", ADMIN, "(?s:/adapters/.*)"),

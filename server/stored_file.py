@@ -12,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 from adapters.store import BlobStore
 from adapters.versions import Version
 from server.conditions import etag
+from server.heads import HEADERS_ONLY
 
 log = logging.getLogger("trunkline.files")
 
@@ -36,7 +37,7 @@ class StoredFile(Response):
         try:
             start = {"status": self.status_code, "headers": self.raw_headers}
             await send({"type": "http.response.start", **start})
-            if scope["method"] == "HEAD":
+            if scope.get(HEADERS_ONLY):
                 await send({"type": "http.response.body", "body": b""})
             else:
                 await self._send_bytes(send)

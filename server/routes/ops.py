@@ -22,14 +22,12 @@ EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
 router = APIRouter(tags=["operations"])
 
 
-@router.head("/health", include_in_schema=False)  # as balancers ask
 @router.get("/health", responses=public_errors() | ok(Health))
 async def health() -> Response:
     """The process is alive. Answered by the event loop alone; never waits for a forward."""
     return JSONAnswer({"status": "ok"})
 
 
-@router.head("/ready", include_in_schema=False)
 @router.get("/ready", responses=public_errors("not_ready", "draining") | ok(Readiness))
 async def ready(request: Request) -> Response:
     """Whether to send traffic here: the device thread lives and is not stuck."""

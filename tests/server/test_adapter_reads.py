@@ -1,7 +1,10 @@
 """Reading adapters: one version, the stored file, and lists that are sorted, searched and paged."""
 
+import asyncio
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -9,7 +12,11 @@ import pytest
 from adapter_client import Adapters, adapters_of, assert_refused
 from conftest import Serve
 
+from adapters.store import BlobStore
 from server.guard import needed
+from server.heads import Heads
+from server.paths import routed
+from server.stored_file import StoredFile
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +180,26 @@ def test_a_download_that_has_begun_outlives_a_delete(adapters: Adapters) -> None
         assert answer.read() == file
 
 
+def test_head_reads_no_byte_of_the_file(tmp_path: Path) -> None:
+    store = BlobStore(tmp_path)
+    digest = f"sha256:{hashlib.sha256(b'weights').hexdigest()}"
+    store.path(digest).write_bytes(b"weights")
+    version = SimpleNamespace(name="x", number=3, digest=digest, bytes=7)
+    sent: list[dict[str, Any]] = []
+
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
+        await StoredFile(store, version)(scope, receive, send)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    for method, body in (("GET", b"weights"), ("HEAD", b"")):
+        sent.clear()
+        asyncio.run(Heads(answer)({"type": "http", "method": method}, None, send))
+        assert b"".join(message.get("body", b"") for message in sent) == body
+        assert (b"content-length", b"7") in sent[0]["headers"]
+
+
 @pytest.mark.parametrize("word", ["file", "traffic"])
 def test_new_routes_are_no_names(adapters: Adapters, word: str) -> None:
     with adapters.unchanged():
@@ -181,7 +208,7 @@ def test_new_routes_are_no_names(adapters: Adapters, word: str) -> None:
 
 
 def test_a_file_is_an_admins() -> None:
-    for path in ("/adapters/x/file", "/adapters/team/x@3/file"):
-        assert needed("GET", path) == {"admin"}
+    for path in ("/adapters/x/file", "/adapters/team/x@3/file", "/adapters/x/file/"):
+        assert needed("GET", routed(path)) == {"admin"}  # HEAD is a GET here: server/heads.py
     assert needed("GET", "/adapters/x") == {"infer", "admin"}
     assert needed("GET", "/adapters/file") == {"infer", "admin"}
