@@ -51,12 +51,17 @@ def _logits(value: list[dict[str, Any]]) -> str:
 
 _CELLS = {
     "embedding": ("Embedding", _embedding),
-    "critic": ("Score", lambda value: f"{value['score']:.4f}"),
+    "critic": ("Score", lambda value: _number(value["score"])),
     "labels": ("Label", lambda value: _label(value[0]) if value else ""),
     "logits": ("At [MASK]", _logits),
     "tokens": ("Tokens", _tokens),
     "error": ("Error", lambda value: f"{value['message']} ({value['code']})"),
 }
+
+
+def _number(value: float | None) -> str:
+    """None is what a row has without a critic: only a sequence head scored it."""
+    return "none" if value is None else f"{value:.4f}"
 
 
 def _label(entry: dict[str, Any]) -> str:
@@ -95,7 +100,7 @@ def _score(row: dict[str, Any]) -> str:
     name = adapter(row) or "backbone"
     sequence = row["sequence_score"]
     tail = "" if sequence is None else f", sequence score {sequence:.4f}"
-    return f"{name}: score {row['score']:.4f}{tail}"
+    return f"{name}: score {_number(row['score'])}{tail}"
 
 
 def _coloured(text: str, tokens: Iterable[dict[str, Any]]) -> Text:
@@ -111,12 +116,15 @@ def _coloured(text: str, tokens: Iterable[dict[str, Any]]) -> Text:
     return shown
 
 
-def style_of(wrongness: float) -> str:
-    return next((style for least, style in STYLES if wrongness >= least), "")
+def style_of(wrongness: float | None) -> str:
+    return next((style for least, style in STYLES if wrongness and wrongness >= least), "")
 
 
 def _listed(tokens: Iterable[dict[str, Any]], threshold: float) -> list[RenderableType]:
-    doubtful = [token for token in tokens if token["wrongness"] >= threshold]
+    with_values = [token for token in tokens if token["wrongness"] is not None]
+    if not with_values:
+        return ["no critic judged the tokens"]
+    doubtful = [token for token in with_values if token["wrongness"] >= threshold]
     if not doubtful:
         return ["no token is doubtful"]
     lines = [(t["text"], t["start"], f"{t['wrongness']:.4f}") for t in doubtful]

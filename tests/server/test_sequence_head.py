@@ -5,12 +5,14 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
+from click.testing import CliRunner
 from conftest import TINY, Serve, Served, random_adapter, random_gpt
 from conftest import tiny_tokenizer as tokenizer
 from reference import Oracle
 
 from adapters.format import adapter_bytes, write_adapter
 from model.checkpoint import backbone_tensors, read_backbone, write_backbone
+from server.cli import main
 
 # A trunk with a critic, a CLS embedding and a sequence head; and one that has a [CLS] token alone.
 PLAIN = dataclasses.replace(TINY, add_critic_head=False)
@@ -115,6 +117,16 @@ def test_without_any_critic_a_sequence_head_still_scores_rows_led_by_cls(
     assert [row["critic"]["sequence_score"] for row in encoded.json()["data"]] == [
         row["sequence_score"] for row in rows[::2]
     ]
+    score = f"{rows[0]['sequence_score']:.4f}"
+    for command, shown in (
+        (["critic", led[0]], ["score none", f"sequence score {score}", "no critic judged"]),
+        (["encode", led[0], "--output", "critic"], ["none"]),
+    ):
+        for terminal in ({}, {"FORCE_COLOR": "1", "TERM": "xterm-256color"}):
+            environment = {"TRUNKLINE_URL": str(case.client.base_url)} | terminal
+            done = CliRunner().invoke(main, [*command, "--adapter", "head"], env=environment)
+            assert done.exit_code == 0, done.output
+            assert terminal or all(words in done.output for words in shown)
     for name, inputs in (("head", ROWS), ("head", "To be"), ("cls", led), (None, led)):
         answer = case.client.post("/critic", json={"adapter": name, "inputs": inputs})
         assert answer.status_code == 409
