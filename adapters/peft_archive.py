@@ -138,9 +138,9 @@ def _read_zip(file: IO[bytes], found: _Found, budget: _Budget) -> None:
     try:
         with zipfile.ZipFile(file) as archive:
             for info in archive.infolist():
-                place = _place(info.filename, found, info.is_dir())
+                place = _place(info.filename, found, info.filename.endswith("/"))
                 if place is not None:
-                    _check_member(info)
+                    _check_member(info, archive.start_dir)
                     with archive.open(info) as member:
                         _keep(found, place, _inflate(member, budget))
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError) as error:
@@ -163,7 +163,10 @@ def _check_directory(file: IO[bytes]) -> None:
     file.seek(0)
 
 
-def _check_member(info: zipfile.ZipInfo) -> None:
+def _check_member(info: zipfile.ZipInfo, end: int) -> None:
+    """Raises PeftRefused. `end` is where the members end and the directory begins."""
+    if not 0 <= info.header_offset < end:
+        _refuse("a member begins outside of it")
     if S_ISLNK(info.external_attr >> 16):
         _refuse("a member is a link")
     if info.flag_bits & 1:

@@ -270,6 +270,12 @@ def doubled(files: Files) -> bytes:
     return out.getvalue()
 
 
+def with_directory(archive: bytes, offset: int, value: bytes) -> bytes:
+    """The zip with other bytes in the first entry of its central directory."""
+    at = archive.index(b"PK\1\2") + offset
+    return archive[:at] + value + archive[at + len(value) :]
+
+
 ZEROS = bytes(16 << 20)
 
 
@@ -290,6 +296,9 @@ def hostile(files: Files) -> dict[str, tuple[str, bytes]]:
         "a tar.gz with another checksum": (GZ, gzip.compress(whole)[:-8] + bytes(8)),
         "a zip as tar": (TAR, sound),
         "a bad checksum in the zip": ("application/zip", stored.replace(b'"r"', b'"q"', 1)),
+        "a member before the file": ("application/zip", with_directory(sound, 42, b"\xff" * 4)),
+        "a member behind the file": ("application/zip", with_directory(sound, 42, b"\0\0\xff\0")),
+        "a member without a name": ("application/zip", with_directory(sound, 46, b"\0")),
         "a zip bomb": ("application/zip", zipped({**files, TENSOR_FILE: ZEROS})),
         "a config bomb": ("application/zip", zipped({**files, CONFIG_FILE: ZEROS})),
         "a tar.gz bomb": (GZ, gzip.compress(tarred({"big": ZEROS}))),
