@@ -36,7 +36,7 @@ from server.hot import HotRoutes
 from server.keys import KeyRing
 from server.metrics import Metrics
 from server.middleware import RequestContext
-from server.named_path import NamedPaths
+from server.named_path import PREFIX, NamedPaths
 from server.paths import Paths
 from server.proxies import Proxies
 from server.routes import (
@@ -85,6 +85,10 @@ def create_app(settings: Settings) -> FastAPI:
     keys file or a data folder that can't be used, Int8Unavailable for int8 where it can't be,
     BadSettings for an adapter folder, a GPU or the traces' extra that is not there.
     """
+    app = FastAPIOffline(  # /docs with scripts of its own: no other host is asked for them
+        redoc_url=None, title="trunkline", version=__version__, lifespan=_lifespan
+    )
+    _check_settings(settings, app)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     device = _device(settings)
@@ -92,26 +96,15 @@ def create_app(settings: Settings) -> FastAPI:
     backbone = read_backbone(settings.backbone or DEMO_BACKBONE)
     forward = Forward(backbone, dtype, device, int8=settings.dtype == "int8")
     library = _library(settings, backbone, forward)
-    app = FastAPIOffline(  # /docs with scripts of its own: no other host is asked for them
-        redoc_url=None, title="trunkline", version=__version__, lifespan=_lifespan
-    )
     app.state.settings = settings
     app.state.turns = Turns(settings.max_queue_s)
     app.state.server = ServerState(settings, backbone, forward, library, Metrics())
     app.state.server.metrics.watch_residency(lambda: _residency(library))
-    if settings.import_root is not None and not settings.import_root.is_dir():
-        raise BadSettings(f"setting import_root: {settings.import_root} is no folder")
-    if settings.keys is not None and not settings.keys.exists():
-        raise BadSettings(
-            f"setting keys: {settings.keys} is not there; make a key with "
-            f"`trunkline keys --file {settings.keys} new`, or leave the setting out"
-        )
     keys = settings.keys or (settings.data_dir or default_data_dir()) / "keys.json"
     app.state.keys = KeyRing(keys)
     for routes in ROUTES:
         app.include_router(routes.router)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
-    _check_root_path(settings.root_path, app)
     app.add_exception_handler(TrunklineError, _refused)
     app.add_exception_handler(HTTPException, _refused_by_router)
     app.add_exception_handler(ClientDisconnect, _client_left)
@@ -130,11 +123,19 @@ def create_app(settings: Settings) -> FastAPI:
     return app
 
 
-def _check_root_path(root_path: str, app: FastAPI) -> None:
-    """Raises BadSettings for a prefix that can't be told from a path of the server's own."""
-    first = root_path.split("/")[1] if root_path else ""
+def _check_settings(settings: Settings, app: FastAPI) -> None:
+    """Raises BadSettings for files that are not there, or a prefix of paths of the server's own."""
+    if settings.import_root is not None and not settings.import_root.is_dir():
+        raise BadSettings(f"setting import_root: {settings.import_root} is no folder")
+    if settings.keys is not None and not settings.keys.exists():
+        raise BadSettings(
+            f"setting keys: {settings.keys} is not there; make a key with "
+            f"`trunkline keys --file {settings.keys} new`, or leave the setting out"
+        )
+    first = settings.root_path.split("/")[1] if settings.root_path else ""
     routes = itertools.chain(app.routes, *(module.router.routes for module in ROUTES))
-    taken = {path.split("/")[1] for path in (getattr(r, "path", "") for r in routes) if "/" in path}
+    paths = [PREFIX, *(getattr(route, "path", "") for route in routes)]
+    taken = {path.split("/")[1] for path in paths if "/" in path}
     if first and first in taken:
         raise BadSettings(f"setting root_path: the server has paths of its own below /{first}")
 

@@ -356,6 +356,7 @@ def test_an_ipv6_address_is_printed_in_brackets(host: str) -> None:
 
 def test_a_removed_prefix_is_no_path_of_the_server_s_own(tmp_path: Path) -> None:
     environment = {"TRUNKLINE_DATA_DIR": str(tmp_path)}
-    done = CliRunner().invoke(main, ["serve", "--root-path", "/adapters"], env=environment)
-    assert done.exit_code == 1
-    assert "paths of its own below /adapters" in done.output
+    for taken in ("/adapters", "/as/x", "/v1", "/docs"):
+        done = CliRunner().invoke(main, ["serve", "--root-path", taken], env=environment)
+        assert done.exit_code == 1
+        assert f"paths of its own below /{taken.split('/')[1]}" in done.output
