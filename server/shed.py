@@ -33,6 +33,7 @@ class _Named(msgspec.Struct):
     adapter: str | None = None
     adapters: list[str] | None = None
     model: str | None = None  # in OpenAI's shape
+    parameters: msgspec.Raw = msgspec.Raw(b"null")  # huggingface_hub's options
 
 
 BY_MODEL = {"/v1/embeddings"}  # where `model` names the adapter
@@ -111,6 +112,8 @@ def _references(scope: Scope, body: bytes, backbone_id: str) -> Collection[str |
     try:
         named = _NAMED.decode(body)
     except (msgspec.DecodeError, RecursionError):
+        return ()
+    if bytes(named.parameters) != b"null":  # it may hold the adapter
         return ()
     return _of_route(scope["path"], named, backbone_id)
 

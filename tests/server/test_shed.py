@@ -139,6 +139,8 @@ async def serving(backbone: Path, folder: Path) -> AsyncIterator[Server]:
         ({"model": "tiny", "input": "abc"}, {"path": "/v1/embeddings"}, "overloaded", False),
         ({"inputs": "abc", "adapter": "plain"}, {"path": "/embed"}, "overloaded", True),
         ({"inputs": "abc"}, {"path": "/"}, "overloaded", True),
+        ({"inputs": "abc", "parameters": {"adapter": "plain"}}, {"path": "/"}, "overloaded", False),
+        ({"inputs": "abc", "parameters": None}, {"path": "/"}, "overloaded", True),
         ({"query": "a", "texts": ["b"], "adapter": "plain"}, {"path": "/rerank"}, None, True),
         ({"query": "a", "texts": ["b"], "model": "plain"}, {"path": "/v1/rerank"}, None, False),
         ({"inputs": "abc"}, {"path": "/as/plain%401/-/critic"}, "overloaded", True),
