@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from adapters.names import BASE
 from server.answer_shapes.openai import EmbeddingsAnswer, Model, Models
+from server.answer_size import built
 from server.answers import (
     METADATA_HEADER,
     OCTET_STREAM,
@@ -84,8 +85,8 @@ async def embeddings(request: Request) -> Response:
     as_base64 = body.encoding_format == "base64"
     form = EmbeddingForm(body.dimensions, body.normalize, as_base64, body.embed_dtype)
     if body.encoding_format == "bytes_only":
-        return _bytes_answer(answered, form)
-    return _answer(request, answered, model, form)
+        return await built(answered.values, lambda: _bytes_answer(answered, form))
+    return await built(answered.values, lambda: _answer(request, answered, model, form))
 
 
 def _check_tokens(body: EmbeddingsRequest, state: ServerState) -> None:

@@ -3,11 +3,14 @@
 from dataclasses import replace
 from typing import Any
 
+import msgspec
+import orjson
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
 from server.answer_shapes.rerank import RerankAnswers
+from server.answer_size import built
 from server.answers import Answered, JSONAnswer, adapter_entry
 from server.bodies import read_json
 from server.cosine import best_first, cosines
@@ -55,13 +58,18 @@ async def rerank(request: Request) -> Response:
     reference = _reference(request, body, state)
     cut = _cut(body, state)
     answered = await answer_inputs(request, rows, [reference], ask, place, cut, body.timeout_ms)
+    return await built(answered.values, lambda: _answer(request, body, answered))
+
+
+def _answer(request: Request, body: RerankRequest, answered: Answered) -> Response:
     scores = cosines(answered)
     order = best_first(scores)[: body.top_n or None]
     if body.texts is not None:
         return listed(answered, _text_ranks(body.texts, scores, order, body.return_text))
     assert body.documents is not None
     results = _results(answered, body.documents, scores, order, body.return_documents)
-    named = reference_of(request.scope) or body.model or body.adapter or state.backbone.id
+    backbone = state_of(request).backbone.id
+    named = reference_of(request.scope) or body.model or body.adapter or backbone
     return JSONAnswer(_envelope(request, answered, named, results))
 
 
@@ -108,7 +116,9 @@ def _results(
         result["truncated"] = answered.rows[index + 1].truncated  # row 0 is the query
         if with_documents:
             sent = documents.sent[index]
-            result["document"] = sent if isinstance(sent, dict) else {"text": sent}
+            document = sent if isinstance(sent, dict) else {"text": sent}
+            # orjson refuses the integers beyond 64 bits that a client's own fields may have
+            result["document"] = orjson.Fragment(msgspec.json.encode(document))
         results.append(result)
     return results
 

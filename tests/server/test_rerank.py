@@ -72,7 +72,7 @@ def test_texts_are_answered_with_tei_s_list(client: httpx.Client, tiny: Oracle, 
 
 
 def test_documents_may_be_objects_and_come_back_when_asked_for(client: httpx.Client) -> None:
-    documents = ["abc", {"text": "to be", "id": 7}]
+    documents = ["abc", {"text": "to be", "id": 10**30, "tags": [{"a": -(2**63) - 1}, 0.1]}]
     body = {"query": {"text": QUERY}, "documents": documents, "return_documents": True}
     body |= {"rank_fields": ["text"], "user": "someone", "request_id": "r", "priority": 3}
     results = client.post("/v1/rerank", json=body).json()["results"]
