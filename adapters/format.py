@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from adapters.errors import Invalid
+from adapters.staging import write_whole
 
 FORMAT = "trunkline-adapter/1"
 MAX_HEADER_BYTES = 1 << 20
@@ -235,11 +236,4 @@ def write_adapter(
     fields = {"format": FORMAT, "lora_alpha": repr(float(lora_alpha))} | dict(metadata or {})
     if base_digest is not None:
         fields["base_digest"] = base_digest
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".tmp")
-    try:
-        part.write_bytes(adapter_bytes(tensors, fields))
-        part.replace(path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
+    write_whole(path, adapter_bytes(tensors, fields))

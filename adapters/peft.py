@@ -19,6 +19,7 @@ from torch import Tensor
 
 from adapters.format import FORMAT, AdapterSet, adapter_bytes, parse_adapter, read_adapter
 from adapters.peft_config import CONFIG_FILE, PeftConfig, PeftRefused, parse_config, word
+from adapters.staging import write_whole
 from adapters.validate import Manifest, validate
 from model.checkpoint import Backbone
 
@@ -113,10 +114,7 @@ def import_peft(folder: Path, backbone: Backbone, out: Path) -> Manifest:
     Raises as `convert` does; then nothing is written.
     """
     converted = convert(read_folder(folder), backbone)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(out.name + ".tmp")
-    part.write_bytes(converted.file)
-    part.replace(out)
+    write_whole(out, converted.file)
     return converted.manifest
 
 

@@ -6,7 +6,7 @@ and never matches, in neither header: every tag of this server is strong. The da
 """
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NoReturn
 
 from starlette.requests import Request
@@ -70,12 +70,16 @@ def etag(number: int) -> str:
     return f'"{number}"'
 
 
-def not_modified(condition: Condition, number: int | None) -> Response | None:
+def not_modified(
+    condition: Condition, number: int | None, more: Mapping[str, str] | None = None
+) -> Response | None:
     """304 where If-None-Match names what a read would answer; None where it is to be answered.
 
-    Raises Conflict where If-Match does not hold. What is read exists; its tag is `number`.
+    Raises Conflict where If-Match does not hold. What is read exists; its tag is `number`; `more`
+    are those of its headers that a 304 has too (RFC 9110, 15.4.5).
     """
     Condition(condition.if_match).check("the adapter", number, exists=True)
     if not condition.fails_if_none_match(number, exists=True):
         return None
-    return Response(status_code=304, headers={} if number is None else {"etag": etag(number)})
+    headers = {} if number is None else {"etag": etag(number)}
+    return Response(status_code=304, headers=headers | dict(more or {}))

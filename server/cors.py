@@ -8,7 +8,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 Headers = list[tuple[bytes, bytes]]
 
 METHODS = b"GET, HEAD, POST, PUT, DELETE"
-EXPOSED = b"x-request-id, x-trunkline-metadata, etag, location, retry-after"
+EXPOSED = (
+    b"x-request-id, x-trunkline-metadata, x-trunkline-adapter, etag, location, retry-after, "
+    b"content-digest, repr-digest, content-disposition"
+)
 PREFLIGHT_S = b"600"  # that a browser may remember a preflight's answer
 _NAMES = re.compile(rb"[A-Za-z0-9!#$%&'*+.^_`|~-]+(\s*,\s*[A-Za-z0-9!#$%&'*+.^_`|~-]+)*")
 

@@ -17,6 +17,8 @@ from server.heads import HEADERS_ONLY
 log = logging.getLogger("trunkline.files")
 
 READ_BYTES = 256 << 10
+# What a bare name means can change at any time
+CACHED = {"cache-control": "private, no-cache"}
 
 
 class StoredFile(Response):
@@ -72,6 +74,5 @@ def _headers(version: Version) -> dict[str, str]:
         "repr-digest": digest,
         "content-disposition": f'attachment; filename="{name}"',
         "x-trunkline-adapter": f"{version.name}@{version.number}",
-        "cache-control": "private, no-cache",  # what a bare name means can change at any time
         "accept-ranges": "none",
-    }
+    } | CACHED

@@ -4,6 +4,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
+from server.answer_shapes.inference import FailedRow
+
 
 class Embedded(BaseModel):
     """The pooled row of one input."""
@@ -33,7 +35,7 @@ class EmbeddingsAnswer(BaseModel):
     object: Literal["list"]
     created: int = Field(description="Seconds since 1970.")
     model: str = Field(description="The model that the request or its path named.")
-    data: list[Embedded]
+    data: list[Embedded | FailedRow]
     usage: EmbeddingsUsage
     timings_ms: dict[str, float]
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from adapters.errors import Invalid
 from adapters.format import AdapterSet, read_adapter, write_adapter
+from adapters.staging import write_whole
 from adapters.validate import validate
 from adapters.weights import weights_of
 from model.calibration import CriticSample, Judged, bucket_table, in_batches
@@ -232,13 +233,14 @@ def _add_to_json(path: Path, key: str, table: Tensor) -> None:
             raise ValueError(f"{path} is not JSON; it stays as it is") from error
         if not isinstance(tables, dict):
             raise ValueError(f"{path} is not an object from path to numbers; it stays as it is")
-    _replace(path, json.dumps(tables | {key: table.tolist()}, indent=2, sort_keys=True))
+    text = json.dumps(tables | {key: table.tolist()}, indent=2, sort_keys=True) + "\n"
+    write_whole(path, text.encode())
     click.echo(f"json:    {path}, under {key}")
 
 
 def _write(target: Target, out: Path, table: Tensor) -> None:
     if target.adapter is None:
-        _replace(out, json.dumps(table.tolist()))
+        write_whole(out, json.dumps(table.tolist()).encode() + b"\n")
         click.echo(f"written: {out}")
         return
     own = target.adapter
@@ -250,10 +252,3 @@ def _write(target: Target, out: Path, table: Tensor) -> None:
         metadata=own.metadata,
     )
     click.echo(f"written: {out}, {read_adapter(out).digest} (was {own.digest})")
-
-
-def _replace(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    part = path.with_name(path.name + ".tmp")
-    part.write_text(text + "\n", "utf-8")
-    part.replace(path)

@@ -1,7 +1,6 @@
 """trunkline encode, critic, classify: requests to a server, from arguments or from stdin."""
 
 import base64
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import click
 
 from adapters.names import BASE, parse_reference
 from server.cli import results
+from server.cli.adapter_files import new_file
 from server.cli.client import Answer, Server, on_server
 
 OUTPUTS = ("embedding", "tokens", "critic", "logits", "labels")
@@ -144,15 +144,8 @@ def _write_npy(path: Path, answer: Answer) -> None:
     if _has_errors(answer):
         raise click.ClickException("a row has an error, so no file was written: see --json")
     rows = [base64.b64decode(row["embedding"]) for row in answer.body["data"]]
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            np.save(file, np.stack([np.frombuffer(row, "<f4") for row in rows]))
-        part.replace(path)
-    except OSError as error:
-        raise click.ClickException(f"{path} can't be written: {error.strerror}") from error
-    finally:
-        part.unlink(missing_ok=True)
+    with new_file(path, force=True) as file:
+        np.save(file, np.stack([np.frombuffer(row, "<f4") for row in rows]))
 
 
 @dataclass(frozen=True)

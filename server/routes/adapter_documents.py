@@ -3,92 +3,59 @@
 from typing import Any
 
 from adapters.listing import SORTS
-from server.routes.documented import Responses
+from server.routes.documented import BYTES, Responses, header_parameter, query
 
 CONDITIONS = ("version_conflict",)  # of a route that takes conditions; malformed: malformed_request
 
 _ETAG = '"3"'
 
 
-def _parameter(where: str, name: str, description: str, schema: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "name": name,
-        "in": where,
-        "required": False,
-        "description": description,
-        "schema": schema,
-    }
-
-
-def parameters(*entries: dict[str, Any]) -> dict[str, Any]:
-    """FastAPI's `openapi_extra` for parameters that the handler reads itself."""
-    return {"parameters": list(entries)}
-
-
-IF_MATCH = _parameter(
-    "header",
+IF_MATCH = header_parameter(
     "If-Match",
     "`*`, or entity tags in quotation marks: change it only if one of them is current; else 412. "
     "A weak tag never matches.",
-    {"type": "string"},
 )
-IF_NONE_MATCH = _parameter(
-    "header",
+IF_NONE_MATCH = header_parameter(
     "If-None-Match",
     "`*`, or entity tags in quotation marks. A change: only if none of them is current (`*`: only "
     "if it does not exist), else 412. A read: 304 if one of them is current.",
-    {"type": "string"},
 )
 _DIGESTS = (
-    _parameter(
-        "header",
+    header_parameter(
         "Content-Digest",
         "RFC 9530: `sha-256=:base64:`, `sha-512=:base64:`. Other algorithms are ignored; a digest "
         "that is not the body's is 422.",
-        {"type": "string"},
     ),
-    _parameter(
-        "header", "Repr-Digest", "RFC 9530; here the same as Content-Digest.", {"type": "string"}
-    ),
-    _parameter(
-        "header",
+    header_parameter("Repr-Digest", "RFC 9530; here the same as Content-Digest."),
+    header_parameter(
         "x-content-sha256",
         "The body's SHA-256 in hex, for clients without RFC 9530.",
-        {"type": "string", "pattern": "^(sha256:)?[0-9A-Fa-f]{64}$"},
+        pattern="^(sha256:)?[0-9A-Fa-f]{64}$",
     ),
 )
-_BOOLEAN = {"type": "boolean"}
 UPLOAD_PARAMETERS = (
-    _parameter("query", "activate", "false: store it; what is current stays.", _BOOLEAN),
-    _parameter("query", "allow_zero", "true: take a set that changes nothing.", _BOOLEAN),
+    query("activate", "boolean", "false: store it; what is current stays."),
+    query("allow_zero", "boolean", "true: take a set that changes nothing."),
     IF_MATCH,
     IF_NONE_MATCH,
     *_DIGESTS,
 )
 LIST_PARAMETERS = (
-    _parameter(
-        "query", "q", "Part of a name or of an alias.", {"type": "string", "maxLength": 200}
-    ),
-    _parameter(
-        "query",
+    query("q", "string", "Part of a name or of an alias.", maxLength=200),
+    query(
         "sort",
+        "string",
         "What the list is sorted by; `used` and `requests` count since the server started.",
-        {"type": "string", "enum": list(SORTS), "default": "name"},
+        enum=list(SORTS),
+        default="name",
     ),
-    _parameter(
-        "query", "order", "Order.", {"type": "string", "enum": ["asc", "desc"], "default": "asc"}
-    ),
-    _parameter(
-        "query",
-        "limit",
-        "Rows of a page.",
-        {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100},
-    ),
-    _parameter(
-        "query",
+    query("order", "string", "Order.", enum=["asc", "desc"], default="asc"),
+    query("limit", "integer", "Rows of a page.", minimum=1, maximum=1000, default=100),
+    query(
         "after",
+        "string",
         "The cursor that a page gives as `next`. Sorted by name, a name: the page behind it.",
-        {"type": "string", "maxLength": 1000},
+        maxLength=1000,
     ),
 )
 
@@ -114,7 +81,7 @@ _HEADERS = {
     "Repr-Digest": "RFC 9530: SHA-256 of the file.",
     "Content-Disposition": "A file name.",
 }
-BINARY = {"schema": {"type": "string", "format": "binary"}}
+BINARY = {"schema": BYTES}
 FILE: Responses = {
     200: {"description": "The file's bytes.", "content": {"application/octet-stream": BINARY}}
 }
@@ -122,9 +89,8 @@ FILE: Responses = {
 
 def upload_body() -> dict[str, Any]:
     """An adapter file, or a PEFT folder in one of its forms."""
-    file = {"type": "string", "format": "binary"}
     names = ("adapter_model.safetensors", "adapter_config.json")
-    folder = {"type": "object", "properties": dict.fromkeys(names, file), "required": list(names)}
+    folder = {"type": "object", "properties": dict.fromkeys(names, BYTES), "required": list(names)}
     content = {
         "application/octet-stream": BINARY,
         "application/zip": BINARY,

@@ -30,10 +30,19 @@ from server.engine.errors import BadInput, Draining
 from server.guard import caller_of, check_adapter
 from server.query import Query
 from server.routes import adapter_documents as says
-from server.routes.documented import BODY, READ, UPLOAD, Responses, errors, json_body, ok
+from server.routes.documented import (
+    BODY,
+    READ,
+    UPLOAD,
+    Responses,
+    errors,
+    json_body,
+    ok,
+    parameters,
+)
 from server.schemas import AliasRequest
 from server.state import state_of
-from server.stored_file import StoredFile
+from server.stored_file import CACHED, StoredFile
 from server.uploads import upload
 
 # Of a route that takes a reference: name, name@3, name@alias, name@sha256:<hex>
@@ -45,7 +54,7 @@ REMOVED = ok(Removed, says.REMOVED_EXAMPLE, says="It is gone.") | ok(
     Removed, says.REMOVED_EXAMPLE | {"in_flight": 2}, status=202, says="Requests use it yet."
 )
 REMOVE = errors(*READ, *says.CONDITIONS, *NAMED, "read_only", "storage_full") | REMOVED
-CONDITIONAL = says.parameters(says.IF_MATCH, says.IF_NONE_MATCH)
+CONDITIONAL = parameters(says.IF_MATCH, says.IF_NONE_MATCH)
 
 
 def _read(answer: Responses, *headers: str) -> Responses:
@@ -86,7 +95,7 @@ register_url_convertor("adapter", NameConvertor())
     "",
     responses=errors(*READ, "validation_error")
     | ok(AdapterList, says.LIST_EXAMPLE, says="A page."),
-    openapi_extra=says.parameters(*says.LIST_PARAMETERS),
+    openapi_extra=parameters(*says.LIST_PARAMETERS),
 )
 async def adapters(request: Request) -> Response:
     """A page of the adapters that the key may see. `next` is the `after` of the next page.
@@ -178,7 +187,7 @@ async def get_file(request: Request, name: str) -> Response:
     library = state_of(request).library
     condition = condition_of(request)
     version = await asyncio.to_thread(library.version, name)
-    known = not_modified(condition, version.number)
+    known = not_modified(condition, version.number, CACHED)
     if known is not None:
         return known
     return await asyncio.to_thread(StoredFile, library.store, version)
@@ -193,7 +202,7 @@ async def get_file(request: Request, name: str) -> Response:
         "ETag",
         "Location",
     ),
-    openapi_extra=says.upload_body() | says.parameters(*says.UPLOAD_PARAMETERS),
+    openapi_extra=says.upload_body() | parameters(*says.UPLOAD_PARAMETERS),
 )
 async def put(request: Request, name: str) -> Response:
     """Upload a version: an adapter file, or a PEFT folder as zip, tar, tar.gz or multipart."""

@@ -7,7 +7,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from server.answer_shapes.errors import Error, OpenAIError
-from server.errors import STATUS, openai_status
+from server.answer_shapes.tei import TeiError
+from server.errors import STATUS, openai_status, tei_status
 from server.schemas import REFERENCE_PATTERN
 
 HEAD = ("malformed_request", "receive_timeout", "headers_too_large")  # of every route
@@ -55,8 +56,6 @@ INFER = (
     "deadline_exceeded",
 )
 
-# Of a route that frees what requests may use
-IN_USE: dict[int | str, dict[str, Any]] = {202: {"description": "in_flight requests use it yet."}}
 Responses = dict[int | str, dict[str, Any]]  # as FastAPI takes them
 Parameter = dict[str, Any]
 COMPONENTS = "#/components/schemas/{model}"
@@ -67,7 +66,7 @@ NULL = "\0null"  # in examples: FastAPI leaves nulls out of its document
 # clients would look for that file beside the document.
 STORED_AT = "x-stored-at"
 STORED = {"stored": {"summary": "An adapter file.", STORED_AT: "/adapters/verses/file"}}
-ERROR_SHAPES = (Error, OpenAIError)  # what error answers refer to
+ERROR_SHAPES = (Error, OpenAIError, TeiError)  # what error answers refer to
 
 
 def errors(*codes: str) -> Responses:
@@ -78,6 +77,11 @@ def errors(*codes: str) -> Responses:
 def openai_errors(*codes: str) -> Responses:
     """The same for a route under /v1, where the shape and the statuses are OpenAI's."""
     return _responses((*HEAD, *GUARD, *codes), openai_status, OpenAIError)
+
+
+def tei_errors(*codes: str) -> Responses:
+    """The same for a route of text-embeddings-inference, in its shape and with its statuses."""
+    return _responses((*HEAD, *GUARD, *codes), tei_status, TeiError)
 
 
 def public_errors(*codes: str) -> Responses:
@@ -159,38 +163,30 @@ def _kept(example: Any) -> Any:
     return NULL if example is None else example
 
 
-def octet_body() -> dict[str, Any]:
-    """The same for a body of bytes; the document says where the server has some that succeed."""
-    content = {"application/octet-stream": {"schema": BYTES}}
-    return {"requestBody": {"required": True, "content": content}}
-
-
 def parameters(*entries: dict[str, Any]) -> dict[str, Any]:
     """FastAPI's `openapi_extra` for what a handler reads of the query and of the headers."""
     return {"parameters": list(entries)}
 
 
-def query(name: str, kind: str, description: str, example: Any = None, **more: Any) -> Parameter:
+def query(name: str, kind: str, description: str, **more: Any) -> Parameter:
     """A query parameter of the JSON type `kind`; `more` goes into its schema."""
-    return _parameter("query", name, {"type": kind, **more}, description, example)
+    return _parameter("query", name, {"type": kind, **more}, description)
 
 
-def header_parameter(name: str, description: str, example: str | None = None) -> Parameter:
+def header_parameter(name: str, description: str, **more: Any) -> Parameter:
     """A request header. Accept, Content-Type and Authorization are never listed, by OpenAPI."""
-    return _parameter("header", name, {"type": "string"}, description, example)
+    return _parameter("header", name, {"type": "string", **more}, description)
 
 
-def _parameter(
-    place: str, name: str, schema: dict[str, Any], description: str, example: Any
-) -> Parameter:
-    entry: Parameter = {"name": name, "in": place, "description": description, "schema": schema}
-    return entry if example is None else entry | {"example": example}
+def _parameter(place: str, name: str, schema: dict[str, Any], description: str) -> Parameter:
+    return {"name": name, "in": place, "description": description, "schema": schema}
 
 
 def references(**described: tuple[str, str]) -> dict[str, Any]:
     """The parameters of a query that must hold adapter references: description and example."""
     ones = [
-        query(name, "string", description, example, pattern=REFERENCE_PATTERN) | {"required": True}
+        query(name, "string", description, pattern=REFERENCE_PATTERN)
+        | {"required": True, "example": example}
         for name, (description, example) in described.items()
     ]
     return parameters(*ones)

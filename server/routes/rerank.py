@@ -19,11 +19,10 @@ from server.inputs import Cut
 from server.locating import Place
 from server.named_path import reference_of
 from server.rerank_schema import Documents, RerankRequest
-from server.routes.documented import INFER, json_body, ok, openai_errors
+from server.routes.documented import INFER, json_body, ok, openai_errors, tei_errors
 from server.routes.inference import answer_inputs, cut_of, reference_for
 from server.routes.openai import as_reference
 from server.routes.tei import listed
-from server.routes.tei_document import tei_errors
 from server.schemas import Rows
 from server.state import ServerState, state_of
 

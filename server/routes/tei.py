@@ -30,10 +30,9 @@ from server.bodies import read_json
 from server.cosine import cosines
 from server.engine.job import Ask, Ids
 from server.locating import Place
-from server.routes.documented import INFER, json_body, ok
+from server.routes.documented import INFER, json_body, ok, tei_errors
 from server.routes.encode import check_dimensions
 from server.routes.inference import answer_inputs, cut_to_block, reference_for
-from server.routes.tei_document import tei_errors
 from server.schemas import Rows
 from server.state import state_of
 from server.tei_schema import (

@@ -229,6 +229,7 @@ def test_a_read_answers_304_while_the_version_is_known(adapters: Adapters, name:
             again = adapters.client.get(url, headers={"if-none-match": known})
             assert (again.status_code, again.content) == (304, b"")
             assert again.headers["etag"] == tag
+            assert again.headers.get("cache-control") == first.headers.get("cache-control")
         for unknown in ('"9"', f"W/{tag}"):
             again = adapters.client.get(url, headers={"if-none-match": unknown})
             assert (again.status_code, again.content) == (200, first.content)
