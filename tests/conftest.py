@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from stated import Document, demand_stated
 from torch import Tensor
 
@@ -24,6 +25,10 @@ from model.checkpoint import backbone_tensors, write_backbone
 from model.config import LORA_SITES, GPTConfig
 from model.gpt import GPT
 from model.tokenizer import Tokenizer
+
+# On a busy machine an example may take any time: that is no fault of what is tested
+settings.register_profile("any-time", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any-time")
 
 KIT = Path(__file__).parent / "kit"
 CHARACTERS = "\n !',-.:;?abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
