@@ -80,7 +80,8 @@ def test_a_bad_row_is_named(client: httpx.Client, path: str, bad: object, code: 
     assert found == code
     assert details["field"] == f"{rows}[1]"
     assert sentence.startswith(f"{rows}[1]: ")
-    assert details.get("row", 1) == 1
+    if details.keys() != {"field"}:  # all that OpenAI's shape has
+        assert details["row"] == 1
     if code == "sequence_too_long":
         assert "65" in sentence
         assert "block_size is 64" in sentence
