@@ -5,7 +5,7 @@ import os
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -84,7 +84,8 @@ def new_file(path: Path, force: bool) -> Iterator[IO[bytes]]:
     except OSError as error:
         raise click.ClickException(f"{path} can't be written: {error.strerror}") from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # where it could not be made it can't be removed either
+            part.unlink()
 
 
 def _put_in_place(part: Path, path: Path, force: bool) -> None:

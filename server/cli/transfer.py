@@ -106,7 +106,8 @@ def pull(server: Server, reference: str, file: Path | None, force: bool) -> Answ
         declared = f"sha-256=:{base64.b64encode(hashed.digest()).decode()}:"
         if headers.get("content-digest") != declared:
             raise click.ClickException("the bytes are not those of the digest; nothing was written")
-    version = int(headers["etag"].strip('"'))
+    # Not the ETag, which a proxy may have made a weak one
+    version = int(headers["x-trunkline-adapter"].rpartition("@")[2])
     facts = {"name": name, "version": version, "digest": f"sha256:{hashed.hexdigest()}"}
     return Answer(200, facts | {"bytes": size, "file": str(path)})
 

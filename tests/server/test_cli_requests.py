@@ -94,7 +94,9 @@ def test_encode_writes_a_numpy_file(tiny_server: Served, tmp_path: Path) -> None
     assert "needs --output embedding" in failed(
         tiny_server, "encode", "a", "--output", "critic", "--npy", file
     )
-    assert "can't be written" in failed(tiny_server, "encode", "a", "--npy", tmp_path / "x/y.npy")
+    for place in (tmp_path / "x" / "y.npy", file / "y.npy"):  # below nothing, and below a file
+        assert "can't be written" in failed(tiny_server, "encode", "a", "--npy", place)
+        assert "can't be written" in failed(tiny_server, "adapters", "pull", "plain", place)
 
 
 def test_critic_marks_doubtful_tokens_on_a_terminal_and_lists_them_elsewhere(
