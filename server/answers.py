@@ -111,17 +111,31 @@ def adapter_entry(version: Version | None) -> dict[str, Any] | None:
 def data_rows(
     answered: Answered, fill: Callable[[Encoded, Result], dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """An answer's data: index, adapter, and what `fill` makes of a row or the row's own error."""
+    """An answer's data: index, adapter, and what `fill` makes of a row or the row's own error.
+
+    Raises NonFiniteResult where the dtype asked for can hold no row at all.
+    """
     data = []
     for index, (row, result) in enumerate(zip(answered.rows, answered.results, strict=True)):
-        if result.error is None:
-            content = fill(row, result)
-        else:
-            details = result.error.details | {"row": index}
-            error = {"code": result.error.code, "message": result.error.message}
-            content = {"error": error | {"details": details}}
+        content = _content(index, row, result, fill)
         data.append({"index": index, "adapter": adapter_entry(result.adapter)} | content)
+    if all("error" in entry for entry in data):
+        first = data[0]["error"]
+        raise NonFiniteResult(first["message"], **first["details"])
     return data
+
+
+def _content(
+    index: int, row: Encoded, result: Result, fill: Callable[[Encoded, Result], dict[str, Any]]
+) -> dict[str, Any]:
+    error = result.error
+    if error is None:
+        try:
+            return fill(row, result)
+        except NonFiniteResult as found:  # this row's dtype is too small for it; others may fit
+            error = found
+    details = error.details | {"row": index}
+    return {"error": {"code": error.code, "message": error.message, "details": details}}
 
 
 def encoded_row(

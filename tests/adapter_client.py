@@ -91,10 +91,21 @@ class Adapters:
             "slots": info["slots"],
         }
 
+    def _settled(self) -> dict[str, Any]:
+        """`stored`, once the loads into the slots that earlier uploads began have ended."""
+        deadline, before = time.monotonic() + 10, self.stored()
+        while time.monotonic() < deadline:
+            time.sleep(0.05)
+            now = self.stored()
+            if now == before:
+                break
+            before = now
+        return before
+
     @contextmanager
     def unchanged(self) -> Iterator[None]:
         """What the block does changes nothing stored, and no answer."""
-        answer, before = self.embeddings(), self.stored()
+        answer, before = self.embeddings(), self._settled()
         yield
         assert self.stored() == before
         assert not any((self.blobs / "incoming").iterdir())

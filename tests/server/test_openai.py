@@ -4,6 +4,7 @@ import base64
 import json
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import numpy as np
@@ -15,7 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference import Oracle
 
+from server.answers import Answered, EmbeddingForm, data_rows
 from server.engine.errors import NonFiniteResult
+from server.engine.job import Result
+from server.inputs import Encoded
 from server.number_formats import packed, rounded
 from server.openai_schema import EmbeddingsRequest
 
@@ -118,6 +122,22 @@ def test_a_number_that_a_dtype_cannot_hold_is_an_error_not_infinity(
     for convert in (packed, rounded):
         with pytest.raises(NonFiniteResult, match=name):
             convert(np.array([1, value], np.float32), name)
+
+
+def test_a_row_that_the_dtype_cannot_hold_errs_alone_and_all_of_them_are_one_error() -> None:
+    def data_of(*values: float) -> list[dict[str, Any]]:
+        row = Encoded(np.array([1]), None, None, False)
+        results = [Result(None, np.array([value], np.float32)) for value in values]
+        answered = Answered([row] * len(values), results, 0.0, 0.0, len(values))
+        form = EmbeddingForm(normalize=False, dtype="float16")
+        return data_rows(answered, lambda _, r: {"embedding": form.sent(r.embedding).tolist()})
+
+    held, too_large = data_of(2.0, 7e4)
+    assert held["embedding"] == [2.0]
+    assert too_large["error"]["code"] == "non_finite_result"
+    assert too_large["error"]["details"]["row"] == 1
+    with pytest.raises(NonFiniteResult, match="float16"):
+        data_of(7e4, 8e4)
 
 
 def test_null_is_absent_for_every_optional_field(plain: httpx.Client) -> None:
