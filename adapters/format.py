@@ -24,6 +24,7 @@ MAX_TENSORS = 8192
 MAX_DIMENSIONS = 2
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_TORCH = (b"PK", b"\x80\x02")  # how files of torch.save begin, zipped and in the old form
 _ENTRY_FIELDS = {"dtype", "shape", "data_offsets"}
 
 
@@ -91,9 +92,12 @@ def header_length(first: bytes | bytearray) -> int:
         raise Invalid("truncated", f"the file has {len(first)} bytes; a header length alone is 8")
     length = int.from_bytes(first[:8], "little")
     if length == 0 or first[8:9] not in (b"", b"{"):
-        raise Invalid(
-            "not_safetensors", "the header does not begin with '{': not a safetensors file"
-        )
+        sentence = "the header does not begin with '{': not a safetensors file"
+        if first[:2] in _TORCH:
+            sentence += (
+                "; of a checkpoint that torch.save wrote `trunkline import` makes an adapter file"
+            )
+        raise Invalid("not_safetensors", sentence)
     if length > MAX_HEADER_BYTES:
         raise Invalid(
             "header_too_large",

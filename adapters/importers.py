@@ -162,9 +162,13 @@ class _Import:
     def add(self) -> Imported:
         """A further set for the trunk in `out`: the LoRA, and what else differs from the trunk."""
         backbone = read_backbone(self.out)
-        if self.checkpoint.tokenizer.backend.get_vocab() != backbone.tokenizer.backend.get_vocab():
+        own = self.checkpoint.tokenizer.backend.get_vocab()
+        theirs = backbone.tokenizer.backend.get_vocab()
+        if own != theirs:
             raise ImportRefused(
-                f"{self.out} has another vocabulary: {self.ckpt} is not a checkpoint of its trunk"
+                f"{self.ckpt} has another vocabulary than the trunk in {self.out}: "
+                f"{_difference(own, theirs)}; an adapter set can't carry a vocabulary, so import "
+                "it as a trunk of its own with another --out"
             )
         _demand_same_model(self.checkpoint.config, backbone.config, self.out)
         carried = self._differing(backbone)
@@ -183,6 +187,8 @@ class _Import:
         notes += self._add_calibration(carried, has_critic)
         data = self._file(carried, backbone.digest)
         self._rehearse(backbone, {self.name: data})
+        if self.path.exists() and self.path.read_bytes() != data:
+            notes.append(f"replaced: {self.path} held another set; --name gives a set its own file")
         write_whole(self.path, data)
         return Imported(self.path, None, [], notes=notes)
 
@@ -254,6 +260,19 @@ class _Import:
 
 def _are_equal(tensor: Tensor, other: Tensor | None) -> bool:
     return other is not None and tensor.dtype == other.dtype and torch.equal(tensor, other)
+
+
+def _difference(own: Mapping[str, int], theirs: Mapping[str, int]) -> str:
+    """How two vocabularies differ, in a clause."""
+    added, lacking = sorted(own.keys() - theirs.keys()), sorted(theirs.keys() - own.keys())
+    if added == ["[CLS]"] and not lacking:
+        return (
+            "it has [CLS] and the trunk's has not (the sequence scorer's data set adds it to one "
+            "that lacks it, so train the first stage with [CLS] in its vocabulary)"
+        )
+    if not added and not lacking:
+        return "the same entries have other ids"
+    return f"{len(added)} of its entries are not the trunk's, {len(lacking)} of the trunk's not its"
 
 
 def _demand_same_model(config: GPTConfig, backbone: GPTConfig, out: Path) -> None:

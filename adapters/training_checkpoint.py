@@ -23,7 +23,7 @@ from model.gpt import clean_training_state
 from model.tokenizer import Tokenizer
 
 SPECIAL_TOKENS = {"mask_token_id": "[MASK]", "pad_token_id": "[PAD]", "cls_token_id": "[CLS]"}
-_OWN_META = "its own config"  # train.py keeps the data set's meta in the checkpoint
+_OWN_META = "the checkpoint's own config"  # train.py keeps the data set's meta in the checkpoint
 _BRACKETED = re.compile(r"\[[^\[\]]+\]|<[^<>]+>")  # [MASK], <pad>
 _REASONS = (
     ("wpe.", "this server's model has rotary positions, not learned ones"),

@@ -21,6 +21,7 @@ from model.heads import CALIBRATION_BUCKETS, SEQUENCE_HEAD
 
 MAX_RANK = 64
 MAX_LABELS = 10_000
+SHOWN_DIGEST = len("sha256:") + 12  # characters, in a sentence
 MAX_NAME = 200  # characters of an unknown tensor's name that are compared with the known ones
 
 _CLASSIFIER_NAMES = ("classifier.weight", "classifier.bias")
@@ -103,10 +104,13 @@ def _check_metadata(metadata: Mapping[str, str], base_digest: str) -> None:
         raise Invalid("lora_alpha", "metadata lora_alpha must be there, a finite number above 0")
     if metadata.get("use_rslora", "false") not in ("true", "false"):
         raise Invalid("bad_metadata", "metadata use_rslora must be true or false")
-    if metadata.get("base_digest", base_digest) != base_digest:
+    trained_on = metadata.get("base_digest", base_digest)
+    if trained_on != base_digest:
+        theirs, ours = ascii(trained_on[:SHOWN_DIGEST]), ascii(base_digest[:SHOWN_DIGEST])
         raise Invalid(
             "base_digest",
-            f"the adapter was trained on another backbone; this one is {base_digest}",
+            f"the adapter was trained on another backbone, {theirs}; this one is {ours}: serve the "
+            "adapter's own, or train it on this one",
         )
 
 

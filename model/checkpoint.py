@@ -24,6 +24,8 @@ TENSOR_FILE = "backbone.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
 CALIBRATION_FILE = "calibration.json"
 
+_AS_FOLDER = "`trunkline import` makes a backbone folder of a training checkpoint"
+
 Shape = tuple[int, ...]
 STORED_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -126,9 +128,15 @@ def backbone_digest(config: GPTConfig, tensors: Mapping[str, Tensor]) -> str:
 def read_backbone(folder: Path) -> Backbone:
     """Raises BackboneError, with a sentence that names the file, for anything not as it must be."""
     if not folder.is_dir():
-        raise BackboneError(f"{folder} is not a backbone folder: no such folder")
+        reason = f"it is a file; {_AS_FOLDER}" if folder.is_file() else "no such folder"
+        raise BackboneError(f"{folder} is not a backbone folder: {reason}")
+    if not (folder / CONFIG_FILE).is_file():
+        raise BackboneError(
+            f"{folder} is not a backbone folder: its {CONFIG_FILE} is missing; {_AS_FOLDER}"
+        )
+    fields = _read_json(folder / CONFIG_FILE, dict)
     try:
-        config = GPTConfig.from_dict(_read_json(folder / CONFIG_FILE, dict))
+        config = GPTConfig.from_dict(fields)
     except ValueError as error:
         raise BackboneError(f"{folder / CONFIG_FILE}: {error}") from error
     tensors = _read_tensors(folder / TENSOR_FILE)

@@ -26,7 +26,10 @@ class Objective(nn.Module, ABC):
         super().__init__()
         self.gpt = gpt
         if gpt.config.pad_token_id is None:
-            raise ValueError("training needs a pad_token_id: rows of a batch are padded")
+            raise ValueError(
+                "the trunk has no pad_token_id, and training pads the rows of a batch with it: a "
+                "vocabulary with [PAD] has to be in the trunk's own training"
+            )
         self.pad_token_id = gpt.config.pad_token_id
 
     @abstractmethod

@@ -242,12 +242,22 @@ def _resume(
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
             raise RunError(
-                f"{path} was begun with {key} {before.get(key)}, not {now.get(key)}: "
-                "go on with the same, or choose another run folder"
+                f"{path} was begun with {_change(key, before.get(key), now.get(key))}: "
+                "go on with the same, or choose another run folder (--run)"
             )
     objective.load_state_dict(state["objective"])
     optimizer.load_state_dict(state["optimizer"])
     return int(state["step"])
+
+
+def _change(key: str, before: Any, now: Any) -> str:
+    """The value before and the one now; of an object only the fields that differ."""
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return f"{key} {before}, not {now}"
+    fields = (field for field in before.keys() | now.keys() if before.get(field) != now.get(field))
+    return ", ".join(
+        f"{field} {before.get(field)}, not {now.get(field)}" for field in sorted(fields)
+    )
 
 
 def _last_loss(path: Path) -> float:

@@ -3,6 +3,7 @@
 FUZZ_EXAMPLES in the environment makes the run longer than the short one of `make test`.
 """
 
+import io
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from adapters.format import (
     FORMAT,
     MAX_TENSORS,
     adapter_bytes,
+    header_length,
     parse_adapter,
     parse_header,
     read_adapter,
@@ -211,6 +213,14 @@ def test_every_truncation_is_refused() -> None:
 def test_a_fault_of_the_header_is_refused_with_its_reason(fault: str) -> None:
     file, reason = HEADER_FAULTS[fault]
     assert reason_of(file) == reason
+
+
+@pytest.mark.parametrize("old_format", [False, True])
+def test_a_checkpoint_of_torch_is_refused_with_the_way_to_import_it(old_format: bool) -> None:
+    file = io.BytesIO()
+    torch.save({"model": {}}, file, _use_new_zipfile_serialization=not old_format)
+    with pytest.raises(Invalid, match="`trunkline import` makes an adapter file"):
+        header_length(file.getvalue())
 
 
 def test_a_million_empty_tensors_are_refused_by_the_length_of_their_header_alone() -> None:

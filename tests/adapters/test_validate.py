@@ -139,6 +139,14 @@ def test_what_the_metadata_may_leave_out(key: str) -> None:
     assert manifest_of(set_bytes(DIGEST, metadata={key: None})).rank == 4
 
 
+def test_the_refusal_of_another_backbone_s_adapter_names_both() -> None:
+    other = "sha256:" + "ab" * 32
+    with pytest.raises(Invalid) as refused:
+        manifest_of(set_bytes(DIGEST, metadata={"base_digest": other}))
+    assert "'sha256:abababababab'; this one is" in str(refused.value)
+    assert repr(DIGEST[:19]) in str(refused.value)
+
+
 @pytest.mark.parametrize("alpha", ["8", "8.0", "1e-3", "0.5"])
 def test_alpha_is_any_number_above_0(alpha: str) -> None:
     assert manifest_of(set_bytes(DIGEST, metadata={"lora_alpha": alpha})).rank == 4

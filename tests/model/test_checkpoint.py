@@ -124,7 +124,10 @@ REFUSED = {
     "config no object": (write("config.json", b"[]"), r"config\.json must hold a JSON object"),
     "config no JSON": (write("config.json", b"{"), r"config\.json is not JSON"),
     "config not UTF-8": (write("config.json", b'{"\xff": 1}'), r"config\.json is not JSON"),
-    "config missing": (remove("config.json"), r"config\.json is missing"),
+    "config missing": (
+        remove("config.json"),
+        r"not a backbone folder: its config\.json is missing",
+    ),
     "tensor missing": (
         edit_tensors(lambda t: t.pop("shared.mlp.c_fc.bias")),
         r"1 tensors are missing, the first is shared\.mlp\.c_fc\.bias",

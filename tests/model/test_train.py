@@ -5,6 +5,7 @@ import json
 import lzma
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -242,6 +243,27 @@ def test_run_folder_of_other_settings_is_refused(corpus: Path, trunk: Path, tmp_
     result = trunkline("trunk", corpus, "--out", tmp_path / "other", *SHAPE, *other)
     assert result.exit_code == 1
     assert "was begun with seed 0, not 7" in result.output
+
+
+def test_only_the_settings_that_differ_are_named(trunk: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", [{"text": text} for text, _ in sentences(20)])
+    train_adapter(trunk, data, tmp_path / "a.safetensors", "--objective", "masked", "--rank", "4")
+    arguments = ["--out", tmp_path / "a.safetensors", "--objective", "masked", *QUICK]
+    result = trunkline("adapter", trunk, data, *arguments, "--rank", "2")
+    assert result.exit_code == 1
+    sentence = "was begun with lora_rank 4, not 2: go on with the same, or choose another run"
+    assert sentence in result.output
+
+
+def test_a_trunk_without_pad_is_refused_in_a_sentence(trunk: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(trunk, tmp_path / "trunk")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": None}))
+    data = write_rows(tmp_path / "rows.jsonl", [{"text": text} for text, _ in sentences(20)])
+    arguments = ["--out", tmp_path / "a.safetensors", "--objective", "masked", *QUICK]
+    result = trunkline("adapter", folder, data, *arguments)
+    assert result.exit_code == 1
+    assert result.output.startswith("Error: the trunk has no pad_token_id, and training pads")
 
 
 def test_classifier_labels_what_it_was_not_trained_on(trunk: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """`trunkline import`: what it prints, and what it refuses, in one sentence each with exit 1."""
 
+import dataclasses
 import json
 import pickle
 import re
@@ -43,7 +44,7 @@ def test_the_checkpoint_alone_is_enough_and_what_was_dropped_is_listed(
     done = run(ckpt, out)
     assert done.exit_code == 0, done.output
     assert (out / "adapters" / "ckpt_mlm_10.safetensors").is_file()
-    assert "vocabulary: its own config" in done.output
+    assert "vocabulary: the checkpoint's own config" in done.output
     assert "cond_dropout_prob, critic_target_scope, end_critic_iteration" in done.output
     assert "sequence_head.temperature" in done.output
     assert f"trunkline serve {out}" in done.output
@@ -151,6 +152,17 @@ def test_an_unknown_key_is_dropped_where_it_is_named(tmp_path: Path, out: Path) 
         assert key in done.output
 
 
+def test_that_another_set_was_replaced_is_said(tmp_path: Path, out: Path) -> None:
+    saved = saved_by_train_py()
+    first = run(write(tmp_path / "ckpt.pt", saved), out)
+    again = run(tmp_path / "ckpt.pt", out)
+    saved["model"][f"{LORA}.B.weight"] *= 2
+    other = run(write(tmp_path / "ckpt.pt", saved), out)
+    assert [done.exit_code for done in (first, again, other)] == [0, 0, 0], other.output
+    sentence = f"replaced: {out / 'adapters' / 'ckpt.safetensors'} held another set"
+    assert [sentence in done.output for done in (first, again, other)] == [False, False, True]
+
+
 # Refusals. Each makes a checkpoint and what else is needed, and returns the command's arguments.
 
 Case = Callable[[Path], tuple[str | Path, ...]]
@@ -252,6 +264,23 @@ def twice(saved: Saved) -> None:
 def other_trunk(folder: Path) -> tuple[str | Path, ...]:
     run(write(folder / "first.pt", saved_by_train_py()), folder / "trunk")
     return (write(folder / "ckpt.pt", saved_by_train_py(seed=1)), "--out", folder / "trunk")
+
+
+def trunk_without_cls(folder: Path) -> tuple[str | Path, ...]:
+    """A first stage that has no [CLS] yet; the second one's data set added it."""
+    config = dataclasses.replace(TINY, vocab_size=TINY.vocab_size - 1, cls_token_id=None)
+    run(write(folder / "first.pt", saved_by_train_py(config)), folder / "trunk")
+    return (write(folder / "ckpt.pt", saved_by_train_py()), "--out", folder / "trunk")
+
+
+def trunk_of_other_texts(folder: Path) -> tuple[str | Path, ...]:
+    case = other_trunk(folder)
+    saved = saved_by_train_py()
+    meta = saved["config"]["meta"]
+    meta["stoi"]["é"] = meta["stoi"].pop("a")
+    meta["itos"] = None
+    write(folder / "ckpt.pt", saved)
+    return case
 
 
 def broken_trunk(folder: Path) -> tuple[str | Path, ...]:
@@ -376,6 +405,11 @@ REFUSALS: dict[str, tuple[Case, str]] = {
     "out is below a file": (sound("--out", "{}/file/trunk"), "file is a file, and a trunk is"),
     "out takes no writes": (sound("--out", "/proc/trunk"), "/proc/"),
     "out has another trunk": (other_trunk, "another trunk.*LoRA together.*another --out"),
+    "out has a trunk without [CLS]": (trunk_without_cls, r"it has \[CLS\].*another --out"),
+    "out has another vocabulary": (
+        trunk_of_other_texts,
+        "1 of its entries are not the trunk's, 1 of the trunk's not its.*another --out",
+    ),
     "out has a broken trunk": (broken_trunk, r"trunk"),
     "a folder has the file's name": (folder_in_the_way, r"ckpt\.safetensors"),
     # calibration

@@ -174,7 +174,9 @@ def test_the_command_line_shows_every_setting_with_its_help() -> None:
         (["--dtype", "int4"], {}, "'int4' is not one of"),
         ([], {"TRUNKLINE_PROT": "1"}, "setting prot"),
         (["--config", "nowhere.toml"], {}, "nowhere.toml"),
-        (["nowhere"], {}, "nowhere is not a backbone folder"),
+        (["nowhere"], {}, "nowhere is not a backbone folder: no such folder"),
+        ([__file__], {}, "a backbone folder: it is a file; `trunkline import` makes"),
+        (["/"], {}, "/ is not a backbone folder: its config.json is missing; `trunkline import`"),
     ],
 )
 def test_a_bad_setting_ends_the_command_with_a_sentence_and_no_traceback(
