@@ -21,7 +21,8 @@ ALGORITHMS = {"sha-256": "sha256", "sha-512": "sha512"}  # those that are verifi
 HEADERS = ("Content-Digest", "Repr-Digest")
 
 # RFC 9651, section 4.2. Every piece is matched at its place and never tried again, so the time is
-# linear: each alternative of a bare item begins with another character.
+# linear: each alternative of a bare item begins with another character, and two items of an inner
+# list have a space between them, so that a text is cut into items in one way alone.
 _SPACE = r"[ \t]*"
 _KEY = r"[a-z*][a-z0-9_.*-]*"
 _BARE = (
@@ -35,7 +36,7 @@ _BARE = (
 _PARAMETER = re.compile(rf";[ ]*{_KEY}(?:={_BARE})?")
 _MEMBER_KEY = re.compile(_KEY)
 _ITEM = re.compile(f"=({_BARE})")
-_INNER = re.compile(rf"=\((?: *{_BARE})* *\)")
+_INNER = re.compile(rf"=\( *(?:{_BARE}(?: +{_BARE})* *)?\)")
 _COMMA = re.compile(f"{_SPACE},{_SPACE}")
 
 

@@ -3,7 +3,9 @@
 import base64
 import hashlib
 import itertools
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -143,3 +145,24 @@ def test_the_stored_file_comes_with_its_digests(adapters: Adapters, file: bytes)
     back = dict(answer.headers.items())["content-digest"]
     again = put(adapters, answer.content, [("content-digest", back)], name)
     assert again.status_code == 200
+
+
+# Of each a header repeats as many as fit: what can be cut into items in many ways takes for ever.
+_PIECES = ("a", "1", "a ", " ", "a:", '"', '""', "?1", "@1", "1.1", '\\"', ";a", ":a:", ", a", "()")
+
+
+@pytest.mark.parametrize("before", ["x=(", 'x="', "x=:", "x;", ""])
+@pytest.mark.parametrize("piece", _PIECES)
+def test_a_header_of_64_kib_is_read_in_a_moment(before: str, piece: str) -> None:
+    began = time.process_time()
+    with suppress(RequestError):
+        parse_digests("Content-Digest", [(before + piece * (1 << 16))[: 1 << 16]])
+    assert time.process_time() - began < 1
+
+
+def test_items_of_an_inner_list_have_a_space_between_them() -> None:
+    for value in ("()", "( )", "(a)", "(a b)", '(  a   "b"  1)', "(:AA==: ?1)"):
+        assert parse_digests("Content-Digest", [f"x={value}, sha-256=:AAAA:"])
+    for value in ("(", "(a", '(a"b")', "(1?1)", "(a b"):
+        with pytest.raises(RequestError):
+            parse_digests("Content-Digest", [f"x={value}, sha-256=:AAAA:"])
