@@ -2,7 +2,8 @@
 
 The keys of rank_pattern and alpha_pattern are regular expressions that come with an upload, and
 Python's own engine takes exponential time for some of them. This one (Thompson, 1968) walks all
-states at once, so a pattern of n characters takes at most n steps for each character of a name.
+states at once, so a pattern of n characters takes at most n steps for each character of a name;
+and what names begin with is walked once for all of them.
 It knows what such patterns are made of: characters, `.`, `\\d`, `\\w`, classes, groups, `|`, `*`,
 `+`, `?`, `^` and `$`; anything else is refused.
 """
@@ -37,7 +38,7 @@ class Patterns:
 
     def __init__(self, patterns: Iterable[str]) -> None:
         """Raises BadPattern."""
-        self._patterns: list[tuple[str, Fragment | None]] = []
+        self._patterns: list[tuple[str, _Walk | None]] = []
         length = 0
         for pattern in patterns:
             if _PLAIN.fullmatch(pattern):
@@ -46,17 +47,13 @@ class Patterns:
             length += len(pattern)
             if length > MAX_LENGTH:
                 raise BadPattern(f"patterns may have {MAX_LENGTH} characters in all")
-            self._patterns.append((pattern, _Parser(pattern).parse()))
+            walk = _Walk(_Parser(pattern).parse(), anchored=pattern.startswith("^"))
+            self._patterns.append((pattern, walk))
 
     def match(self, module: str) -> str | None:
         """The first pattern that is all of the name, or its end from a dot on: PEFT's rule."""
-        for pattern, fragment in self._patterns:
-            if fragment is None:
-                matches = _plain_matches(pattern, module)
-            elif pattern.startswith("^"):
-                matches = _accepts(fragment, module)
-            else:
-                matches = any(_accepts(fragment, tail) for tail in _tails(module))
+        for pattern, walk in self._patterns:
+            matches = _plain_matches(pattern, module) if walk is None else walk.accepts(module)
             if matches:
                 return pattern
         return None
@@ -70,21 +67,32 @@ def _plain_matches(pattern: str, module: str) -> bool:
     return all(p in (".", c) for p, c in zip(pattern, module[before:], strict=True))
 
 
-def _tails(module: str) -> list[str]:
-    parts = module.split(".")
-    return [".".join(parts[i:]) for i in range(len(parts))]
+class _Walk:
+    """One pattern's states behind each beginning of a name, walked once for all names.
 
+    Names of modules begin alike, and a pattern of many states takes a while for each character.
+    """
 
-def _accepts(fragment: Fragment, text: str) -> bool:
-    now = _closure([fragment[0]])
-    for character in text:
-        now = _closure(
-            then
-            for state in now
+    def __init__(self, fragment: Fragment, anchored: bool) -> None:
+        self._end, self._anchored = fragment[1], anchored
+        self._start = _closure([fragment[0]])
+        self._behind: dict[str, list[_State]] = {"": self._start}
+
+    def accepts(self, name: str) -> bool:
+        """Whether the pattern is all of the name, or, unless it is anchored, its end from a dot."""
+        known = next(n for n in range(len(name), -1, -1) if name[:n] in self._behind)
+        for end in range(known + 1, len(name) + 1):
+            self._behind[name[:end]] = self._step(self._behind[name[: end - 1]], name[end - 1])
+        return any(state is self._end for state in self._behind[name])
+
+    def _step(self, states: list[_State], character: str) -> list[_State]:
+        then = [
+            following
+            for state in states
             if state.reads is not None and state.reads(character)
-            for then in state.then
-        )
-    return any(state is fragment[1] for state in now)
+            for following in state.then
+        ]
+        return _closure(then + (self._start if character == "." and not self._anchored else []))
 
 
 def _closure(states: Iterable[_State]) -> list[_State]:

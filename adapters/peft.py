@@ -9,7 +9,7 @@ differ go into rank_pattern, and PEFT's scaling follows from them as this format
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,7 @@ def convert(folder: PeftFolder, backbone: Backbone) -> Converted:
     config = parse_config(folder.config)
     saved = parse_adapter(folder.tensors)
     tensors = _tensors_here(saved)
+    _demand_layers(tensors, backbone.config.n_layer)
     alpha, folded = _fold_alphas(config, tensors)
     metadata = {key: saved.metadata[key] for key in _DESCRIBING if key in saved.metadata}
     metadata |= {"use_rslora": "true"} if config.use_rslora else {}
@@ -204,6 +205,18 @@ def _name_here(name: str) -> str | None:
 
 def _unsaid(sentence: str) -> PeftRefused:
     return PeftRefused(sentence, file=TENSOR_FILE)
+
+
+def _demand_layers(tensors: Iterable[str], n_layer: int) -> None:
+    """Raises PeftRefused for a layer beyond the backbone's.
+
+    Before the config's patterns are matched: a file may name many more layers than there are.
+    """
+    for name in tensors:
+        match = _LORA_OUT.fullmatch(name)
+        if match and int(match[1].split(".")[2]) >= n_layer:
+            sentence = f"{name}: the backbone has {n_layer} layers"
+            raise PeftRefused(sentence, "layer_out_of_range", file=TENSOR_FILE)
 
 
 def _fold_alphas(config: PeftConfig, tensors: dict[str, Tensor]) -> tuple[float, int]:

@@ -21,7 +21,8 @@ from adapters.peft_config import CONFIG_FILE, MAX_CONFIG_BYTES, PeftRefused
 
 MAX_MEMBERS = 1000
 MAX_DIRECTORY_BYTES = 1 << 20  # of a zip's central directory
-MAX_PART_HEAD_BYTES = 8 << 10
+MAX_EXTENSIONS = 2 * MAX_MEMBERS  # headers of a tar that say more of the next member
+MAX_PART_HEAD_BYTES = 2 << 10
 READ_BYTES = 256 << 10
 OVERHEAD_BYTES = 4 << 20  # of other files in the folder and of a tar's blocks
 
@@ -45,6 +46,7 @@ class _Found:
     pickles: set[tuple[str, ...]] = field(default_factory=set)
     others: int = 0
     members: int = 0
+    extensions: int = 0
 
 
 def read_archive(path: Path, form: Form, max_bytes: int, boundary: str = "") -> PeftFolder:
@@ -187,6 +189,7 @@ def _inflate(member: IO[bytes], budget: _Budget) -> bytearray:
 
 _BLOCK = 512
 _MAX_EXTENSION_BYTES = 64 << 10
+_LEAST_RECORD = 5  # bytes of an extended header's record: "5 a=" and a line end
 _FILES, _FOLDER, _LONG_NAME, _PAX, _PAX_GLOBAL = (b"0", b"\0", b"7"), b"5", b"L", b"x", b"g"
 
 
@@ -253,8 +256,9 @@ def _read_tar_member(
     kind, size = bytes(block[156:157]), _octal(block[124:136])
     padding = -size % _BLOCK
     if kind in (_LONG_NAME, _PAX, _PAX_GLOBAL):
-        if size > _MAX_EXTENSION_BYTES:
-            _refuse("a member's extension is too long")
+        found.extensions += 1
+        if size > _MAX_EXTENSION_BYTES or found.extensions > MAX_EXTENSIONS:
+            _refuse("a member's extensions are too long, or too many")
         extension = bytes(source.read(size + padding)[:size])
         if kind == _PAX_GLOBAL:
             return name
@@ -284,10 +288,13 @@ def _text(raw: bytes | bytearray) -> str:
 
 def _pax_name(extension: bytes) -> str | None:
     """`path` of an extended header: records of "LENGTH KEY=VALUE" and a line end."""
-    name = None
-    while extension:
-        length = int(extension[:7].partition(b" ")[0])
-        record, extension = extension[:length], extension[max(length, 1) :]
+    name, at = None, 0
+    while at < len(extension):
+        length = int(extension[at : at + 7].partition(b" ")[0])
+        record = extension[at : at + length]
+        at += length
+        if length < _LEAST_RECORD or not record.endswith(b"\n"):
+            _refuse("a member's extension is not sound")
         key, _, value = record.partition(b" ")[2].rstrip(b"\n").partition(b"=")
         if key == b"path":
             name = value.decode("utf-8", "replace")

@@ -16,7 +16,7 @@ from adapters.conditions import UNCONDITIONAL, Condition
 from adapters.database import Database
 from adapters.errors import Damaged, NotFound, VersionNotFound
 from adapters.listing import Wanted, page_query
-from adapters.names import CURRENT, check_alias, parse_reference, what_is_missing
+from adapters.names import CURRENT, check_alias, check_name, parse_reference, what_is_missing
 from adapters.resolved import Resolved
 from adapters.store import Blob
 from adapters.versions import Named, Pointer, Record, Version, parse_record
@@ -91,7 +91,8 @@ class Registry:
         )
 
     def named(self, name: str) -> Named:
-        """Raises NotFound."""
+        """Raises NotFound, and BadName, which does not repeat the name as NotFound does."""
+        check_name(name)
         found = self.named_all([name])
         if not found:
             raise NotFound(f"no adapter is named {name}")

@@ -171,6 +171,10 @@ def _check_state(config: GPTConfig, state: Mapping[str, Tensor], claims_critic: 
             "there are no tensors of a trunk in it; an adapter set alone is imported with "
             "`trunkline adapters push`, as a safetensors file"
         )
+    if config.n_layer > len(state):  # each layer has tensors of its own names
+        raise ImportRefused(
+            f"model_args have n_layer {config.n_layer}, and there are {len(state)} tensors"
+        )
     known = _tensor_names(config)
     for name, tensor in state.items():
         if name not in known:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 POOLINGS = ("mean", "cls", "last")
+MAX_BLOCK_SIZE = 1 << 20  # a model holds a table of every position's angles
 
 # site -> (input width, output width), both in units of n_embd. A site is where a layer's LoRA is
 # added; its name is the state dict's, below `transformer.h.{layer}.`
@@ -59,6 +60,10 @@ class GPTConfig:
             _demand(
                 getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}"
             )
+        _demand(
+            self.block_size <= MAX_BLOCK_SIZE,
+            f"block_size must be at most {MAX_BLOCK_SIZE}, not {self.block_size}",
+        )
         _demand(
             self.n_embd % self.n_head == 0,
             f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}",

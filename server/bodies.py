@@ -69,13 +69,20 @@ def check_json_headers(request: Request, max_bytes: int) -> int:
         raise RequestError("unsupported_media_type", "the body must be application/json")
     if header(request, b"content-encoding", "identity").lower() != "identity":
         raise RequestError("unsupported_media_type", "a body with a Content-Encoding is not read")
-    length = header(request, b"content-length")
-    if not length.isdecimal():
+    size = declared_length(header(request, b"content-length"))
+    if size is None:
         client: Client | None = request.scope.get(CLIENT)
         return 0 if client is not None and client.sent_all else LARGE
-    if int(length[:20]) > max_bytes:
+    if size > max_bytes:
         raise _too_large(max_bytes)
-    return int(length)
+    return size
+
+
+def declared_length(text: str) -> int | None:
+    """A Content-Length, however many zeros it begins with; None for what is none."""
+    if not text.isdecimal():
+        return None
+    return int(text.lstrip("0")[:20] or "0")
 
 
 def is_json(content_type: str) -> bool:
@@ -156,6 +163,8 @@ def _without_elsewhere(value: dict[str, Any], schema: type[StrictModel]) -> dict
             raise _unknown_key(value, key, schema)
         if field.harmless is not None and value[key] not in field.harmless:
             raise _unless_infinite(value, f"{key} is refused: {field.why}", field=key)
+        if has_infinity(value[key]):  # also where the value is passed over
+            raise RequestError("non_finite_number", f"{key}: a number is not finite", field=key)
     return {key: item for key, item in value.items() if key in schema.model_fields}
 
 
@@ -202,7 +211,7 @@ def _why_not_json(raw: bytes, said: str) -> RequestError:
     except UnicodeDecodeError as error:
         return RequestError("invalid_utf8", f"the body is not UTF-8, from byte {error.start}")
     value = _lenient_json(text)
-    if value is not None and _has_infinity(value):
+    if value is not None and has_infinity(value):
         return RequestError("non_finite_number", f"NaN and Infinity are not JSON{where}")
     if value is not None:  # Python reads it and the strict parser does not: a lone surrogate
         return RequestError("validation_error", f"a string has a lone surrogate{where}")
@@ -217,7 +226,8 @@ def _lenient_json(text: str) -> Any:
         return None
 
 
-def _has_infinity(value: Any) -> bool:
+def has_infinity(value: Any) -> bool:
+    """Whether a number in it, however deep, is too large for one: 1e400 is JSON."""
     pending = [value]
     while pending:
         item = pending.pop()
@@ -257,7 +267,7 @@ def _field(loc: tuple[int | str, ...]) -> str:
 
 def _unless_infinite(value: Any, sentence: str, **details: Any) -> RequestError:
     """1e400 is JSON, and no number."""
-    if _has_infinity(value):
+    if has_infinity(value):
         return RequestError("non_finite_number", "a number is not finite")
     return RequestError("validation_error", sentence, **details)
 

@@ -18,13 +18,15 @@ from server.corked import Corked
 from server.errors import STATUS, RequestError, error_body
 from server.half_close import HalfClose
 from server.parser import RequestParser
-from server.write_timeout import WriteTimeout
 
 MAX_HEADER_BYTES = 64 << 10
 READ_BYTES = 16 << 10  # at once; and all that is read of a request before its handler asks for more
 BODY_READ_BYTES = 256 << 10  # at once, of a body that a handler has asked for
 HEADER_TIMEOUT_S = 10.0
 CLIENT = "trunkline.client"  # of a scope: its Client
+# What frames a body (chunks' sizes and extensions, trailers) may have so many bytes, and beside
+# them so many for each byte of the body: chunks of one byte are allowed.
+MAX_FRAMING_BYTES, FRAMING_OF_A_BYTE = 64 << 10, 16
 START_BYTES = 256  # of a head, kept to tell what it was meant to be
 VERSIONS = ("1.0", "1.1")
 NOT_HTTP = "this is not HTTP/1.1, or can be read in two ways"
@@ -81,13 +83,16 @@ class Connection(HttpToolsProtocol):
         self._to_begin: tuple[Any, Any] | None = None  # a cycle and its app, of this read
 
     def connection_made(self, transport: Any) -> None:
-        super().connection_made(Corked(transport, self.loop))  # type: ignore[arg-type]
+        corked = Corked(transport, self.loop)
+        super().connection_made(corked)  # type: ignore[arg-type]
         self._start = b""
         self._head_bytes = 0  # of a head that is not whole yet
         self._head_timer: asyncio.TimerHandle | None = None
+        self._in_fields = False  # between a request's line and the end of its head
+        self._framing_left = 0  # bytes, of the body that is being read
         self._client = Client()  # of the request that is being read
         self._clients: deque[Client] = deque()  # of those that are not answered
-        self._writes = WriteTimeout(self.transport, self.loop)
+        self._writes = corked.writes
         self._half_close = HalfClose(self.transport, self.loop, self._may_probe)
         self._await_head()
 
@@ -111,7 +116,6 @@ class Connection(HttpToolsProtocol):
             return False
         self._clients[-1].cycle.keep_alive = False
         self._half_close.begin()
-        self._writes.start()
         return True
 
     def _drop_unfinished(self) -> None:
@@ -132,15 +136,6 @@ class Connection(HttpToolsProtocol):
             and cycle.scope["http_version"] == "1.1"
             and not self.transport.is_closing()
         )
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._writes.start()
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        if not self._half_close.begun:
-            self._writes.stop()
 
     @property
     def in_body(self) -> bool:
@@ -175,6 +170,8 @@ class Connection(HttpToolsProtocol):
         self._reading = True
         super().data_received(data)
         self._reading = False
+        if not began_in_head and self.in_body:
+            self._count_framing(len(data))
         self._begin()
         if self.transport.is_closing():
             return
@@ -189,8 +186,29 @@ class Connection(HttpToolsProtocol):
         elif self._head_bytes:
             self._await_head()
 
+    def _count_framing(self, size: int) -> None:
+        """Of a read that had no head in it: what was not body is taken off what is left."""
+        self._framing_left -= size
+        if self._framing_left < 0:
+            sentence = f"a body's chunks and trailers may have {MAX_FRAMING_BYTES} bytes beside it"
+            self._refuse("headers_too_large", sentence)
+
+    def on_message_begin(self) -> None:
+        self._in_fields = True
+        super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A trailer is dropped (RFC 9110, 6.5.1): by then the head has been judged."""
+        if self._in_fields:
+            super().on_header(name, value)
+
+    def on_body(self, body: bytes) -> None:
+        self._framing_left += (1 + FRAMING_OF_A_BYTE) * len(body)
+        super().on_body(body)
+
     def on_headers_complete(self) -> None:
         self._in_head, self._head_bytes = False, 0
+        self._in_fields, self._framing_left = False, MAX_FRAMING_BYTES
         self._head_is_there()
         self._check_protocol()
         hosts, size = 0, len(self.url)

@@ -3,6 +3,8 @@
 import asyncio
 from typing import Any
 
+from server.write_timeout import WriteTimeout
+
 
 class Corked:
     """What of a transport uvicorn uses.
@@ -15,6 +17,7 @@ class Corked:
         self._transport, self._loop = transport, loop
         self._held: bytes | None = None
         self._ending = False  # whether `_end_turn` is to come
+        self.writes = WriteTimeout(transport, loop)
         self.get_extra_info = transport.get_extra_info
         self.is_closing, self.abort = transport.is_closing, transport.abort
         self.get_write_buffer_size = transport.get_write_buffer_size
@@ -24,6 +27,7 @@ class Corked:
         if self._held is not None:
             held, self._held = self._held, None
             self._transport.writelines((held, data))
+            self.writes.wrote(len(held) + len(data))
             return
         self._held = data
         if not self._ending:
@@ -42,3 +46,4 @@ class Corked:
         held, self._held = self._held, None
         if held is not None and not self._transport.is_closing():
             self._transport.write(held)
+            self.writes.wrote(len(held))

@@ -4,7 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, PlainValidator, ValidationInfo, WithJsonSchema, model_validator
 
-from server.bodies import InputFault
+from server.bodies import InputFault, has_infinity
 from server.openai_schema import NO_EFFECT, TruncateTokens
 from server.schemas import Reference, Rows, check_rows, parse_texts
 from server.strict_model import Elsewhere, StrictModel
@@ -38,6 +38,8 @@ def _parse_documents(value: Any, info: ValidationInfo) -> Documents:
     for row, item in enumerate(value):
         if isinstance(item, dict) and not isinstance(item.get("text"), str):
             raise InputFault("validation_error", "the object has no text", row=row)
+        if isinstance(item, dict) and has_infinity(item):
+            raise InputFault("non_finite_number", "a number is not finite", row=row)
     texts = [item["text"] if isinstance(item, dict) else item for item in value]
     return Documents(parse_texts(texts, info), value)
 

@@ -10,6 +10,7 @@ from starlette.requests import ClientDisconnect, Request
 from adapters.format import header_length
 from adapters.peft_archive import Form
 from adapters.store import BlobStore, Incoming
+from server.bodies import declared_length
 from server.digests import Verifier, declared_digests
 from server.errors import RequestError
 
@@ -69,8 +70,8 @@ def _check_headers(request: Request, max_bytes: int) -> tuple[Form | None, str]:
         )
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise RequestError("unsupported_media_type", "a body with a Content-Encoding is not read")
-    length = request.headers.get("content-length", "0")
-    if length.isdecimal() and int(length[:20]) > max_bytes:
+    size = declared_length(request.headers.get("content-length", ""))
+    if size is not None and size > max_bytes:
         raise too_large(max_bytes)
     form = CONTENT_TYPES[kind]
     return form, _boundary(options) if form is Form.MULTIPART else ""

@@ -1,15 +1,17 @@
-"""WriteTimeout: closes a connection whose client does not read its answer."""
+"""WriteTimeout: closes a connection whose client does not read its answer, or hardly reads it."""
 
 import asyncio
 from typing import Any
 
-WRITE_TIMEOUT_S = 60.0  # without a byte taken from the write buffer; longer than any reader pauses
+WRITE_TIMEOUT_S = 60.0  # from one look at the write buffer to the next; longer than a reader pauses
+LEAST_BYTES = 64 << 10  # that a client takes in that time, where it does not take all
 
 
 class WriteTimeout:
-    """Aborts the transport once its write buffer has not shrunk for `seconds`.
+    """Aborts a transport from which nearly nothing was taken for `seconds`.
 
-    Without it a client that never reads would hold its answer in memory for ever.
+    Without it a client that never reads would hold its answer in memory, and its connection, for
+    ever. It watches as long as the transport holds bytes, few or many, of a closing one too.
     """
 
     seconds = WRITE_TIMEOUT_S
@@ -17,22 +19,29 @@ class WriteTimeout:
     def __init__(self, transport: Any, loop: asyncio.AbstractEventLoop) -> None:
         self._transport, self._loop = transport, loop
         self._timer: asyncio.TimerHandle | None = None
+        self._written = 0  # bytes in all
 
-    def start(self) -> None:
-        if self._timer is None:
-            self._wait(self._transport.get_write_buffer_size())
+    def wrote(self, size: int) -> None:
+        """Called behind each write of so many bytes."""
+        self._written += size
+        if self._timer is None and self._transport.get_write_buffer_size():
+            self._wait()
 
     def stop(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def _wait(self, size: int) -> None:
-        self._timer = self._loop.call_later(self.seconds, self._look, size)
+    def _wait(self) -> None:
+        taken = self._written - self._transport.get_write_buffer_size()
+        due = min(self._written, taken + LEAST_BYTES)
+        self._timer = self._loop.call_later(self.seconds, self._look, due)
 
-    def _look(self, before: int) -> None:
-        size = self._transport.get_write_buffer_size()
-        if size and size >= before:
+    def _look(self, due: int) -> None:
+        """`due` is how many bytes are to be taken by now, of all that were ever written."""
+        self._timer = None
+        held = self._transport.get_write_buffer_size()
+        if held and self._written - held < due:
             self._transport.abort()
-        else:
-            self._wait(size)
+        elif held:
+            self._wait()

@@ -76,14 +76,19 @@ def import_(
 
 def _report(imported: Imported, out: Path) -> None:
     if imported.backbone:
-        click.echo(f"backbone: {imported.backbone}")
+        _say(f"backbone: {imported.backbone}")
     if imported.adapter:
-        click.echo(f"adapter:  {imported.adapter}")
+        _say(f"adapter:  {imported.adapter}")
     for note in imported.notes:
-        click.echo(note)
+        _say(note)
     if imported.dropped_args:
-        click.echo(f"dropped from model_args: {', '.join(imported.dropped_args)}")
+        _say(f"dropped from model_args: {', '.join(imported.dropped_args)}")
     if imported.dropped:
-        click.echo(f"dropped, not used in serving: {', '.join(imported.dropped)}")
+        _say(f"dropped, not used in serving: {', '.join(imported.dropped)}")
     if imported.backbone or imported.adapter:
-        click.echo(f"serve it: trunkline serve {out}")
+        _say(f"serve it: trunkline serve {out}")
+
+
+def _say(text: str) -> None:
+    """It may hold names from the files, which may be no text that can be written."""
+    click.echo(text.encode("utf-8", "backslashreplace").decode())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pickle
 import re
 from collections.abc import Callable
@@ -126,6 +127,13 @@ def test_the_calibration_beside_the_checkpoint_is_taken_where_one_entry_fits(
         torch.testing.assert_close(carried["calibration"], torch.tensor(tables[key]))
 
 
+def test_names_that_are_no_text_are_told_all_the_same(ckpt: Path, out: Path) -> None:
+    (ckpt.parent / "calibration.json").write_text(json.dumps({"\ud800": TABLE}))
+    done = run(ckpt, out)
+    assert done.exit_code == 0
+    assert "\\ud800" in done.output
+
+
 def test_with_trunk_only_the_calibration_is_the_trunk_s(ckpt: Path, out: Path) -> None:
     (ckpt.parent / "calibration.json").write_text(json.dumps({str(ckpt): TABLE}))
     assert run(ckpt, out, "--trunk-only").exit_code == 0
@@ -215,6 +223,8 @@ def sound(*options: str) -> Case:
         (folder / "broken.json").write_text('{"a": ')
         (folder / "list.json").write_text("[1, 2]")
         (folder / "short.json").write_text(json.dumps({"out/ckpt.pt": [0.5] * 99}))
+        (folder / "huge.json").write_text(json.dumps({"out/ckpt.pt": [10**400] * 100}))
+        (folder / "infinite.json").write_text(json.dumps({"out/ckpt.pt": [math.inf] * 100}))
         (folder / "none.json").write_text(json.dumps({"out/other.pt": TABLE}))
         (folder / "ckpt.pt.safetensors").write_text("")
         given = [option.format(folder) for option in options]
@@ -372,6 +382,8 @@ REFUSALS: dict[str, tuple[Case, str]] = {
     "heads that do not divide": (args(n_head=3), "n_head 3"),
     "a value of a wrong type": (args(n_layer="2"), "n_layer must be of type int"),
     "more layers than there are": (args(n_layer=3), r"no transformer\.h\.2\.attn\.c_attn"),
+    "a billion layers": (args(n_layer=10**9), "n_layer 1000000000, and there are"),
+    "a trillion positions": (args(block_size=10**12), "block_size must be at most"),
     "fewer layers than there are": (args(n_layer=1), r"h\.1\.\S+ has no place"),
     "a key to ignore that is not there": (sound("--ignore-key", "x"), "--ignore-key x"),
     # the vocabulary
@@ -417,6 +429,8 @@ REFUSALS: dict[str, tuple[Case, str]] = {
     "a calibration that is no JSON": (sound("--calibration", "{}/broken.json"), "is not JSON"),
     "a calibration that is a list": (sound("--calibration", "{}/list.json"), "holds a list"),
     "99 numbers": (sound("--calibration", "{}/short.json"), "not a list of 100 numbers"),
+    "numbers beyond a float's": (sound("--calibration", "{}/huge.json"), "not a list of 100"),
+    "numbers that are not finite": (sound("--calibration", "{}/infinite.json"), "not a list of"),
     "no entry that fits": (sound("--calibration", "{}/none.json"), "has no entry for ckpt.pt"),
     # what serving would refuse
     "a rank over the maximum": (sound("--max-rank", "3"), r"rank 4 is outside 1\.\.3"),

@@ -285,6 +285,8 @@ def hostile(files: Files) -> dict[str, tuple[str, bytes]]:
     many = {f"{i}.txt": b"" for i in range(1001)}
     extension = tarfile.TarInfo("x")
     extension.type, extension.size = b"x", 1 << 30
+    empty = tarfile.TarInfo("x")
+    empty.type = b"x"
     return {
         "empty": ("application/zip", b""),
         "text": ("application/zip", b"not an archive"),
@@ -308,6 +310,7 @@ def hostile(files: Files) -> dict[str, tuple[str, bytes]]:
         "too many members": ("application/zip", zipped(many)),
         "too many members of a tar": (GZ, gzip.compress(tarred(many))),
         "a huge pax header": (TAR, extension.tobuf(tarfile.USTAR_FORMAT) + bytes(1024)),
+        "many pax headers": (GZ, gzip.compress(empty.tobuf(tarfile.USTAR_FORMAT) * 100_000)),
         "a member twice": ("application/zip", doubled(files)),
         "a member twice in a tar": (TAR, tarred(files)[:-10240] + tarred(files)),
         "two folders": (
@@ -384,6 +387,18 @@ def test_any_bytes_are_a_folder_or_refused(tmp_path_factory, noise, form, data) 
             read_archive(path, form, 1000, "b")
 
 
+@pytest.mark.parametrize("records", [b"0" * 65_536, b"1" * 65_536, b"-9 a=b\n" * 8192, b"5 a=b\n"])
+def test_records_of_a_pax_header_are_read_once_or_refused(tmp_path: Path, records: bytes) -> None:
+    header = tarfile.TarInfo("x")
+    header.type, header.size = b"x", len(records)
+    block = header.tobuf(tarfile.USTAR_FORMAT) + records + bytes(-len(records) % 512)
+    (tmp_path / "tar.gz").write_bytes(gzip.compress(block * 100 + bytes(1024)))
+    began = time.process_time()
+    with pytest.raises(PeftRefused, match="not sound"):
+        read_archive(tmp_path / "tar.gz", Form.TAR_GZ, CAP)
+    assert time.process_time() - began < 2
+
+
 # The patterns of adapter_config.json
 
 EVIL = ["(a*)*b", "(a|a)*b", "(a+)+b", "(.*)*x", "(a?)(a?)(a?)(a?)(a?)(a?)(a?)(a?)aaaaaaaa" * 8]
@@ -393,6 +408,14 @@ EVIL = ["(a*)*b", "(a|a)*b", "(a+)+b", "(.*)*x", "(a?)(a?)(a?)(a?)(a?)(a?)(a?)(a
 def test_no_pattern_takes_exponential_time(pattern: str) -> None:
     began = time.process_time()
     assert Patterns([pattern]).match("a" * 60) is None
+    assert time.process_time() - began < 5
+
+
+def test_a_pattern_is_walked_once_for_all_modules() -> None:
+    modules = [f"transformer.h.{layer}.attn.c_attn" for layer in range(100)]
+    began = time.process_time()
+    patterns = Patterns([".?" * 490 + "x"])
+    assert not any(map(patterns.match, modules))
     assert time.process_time() - began < 5
 
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from asyncio import Runner
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from shutil import which
@@ -325,8 +325,12 @@ class Waiting:
         state, loop = ServerState(), asyncio.get_running_loop()
         self.connections = state.connections
         made = partial(BoundedReads, config=config, server_state=state, app_state={}, _loop=loop)
-        self.server = await loop.create_server(made, "127.0.0.1", 0)
-        client = socket.create_connection(self.server.sockets[0].getsockname())
+        listener, client = socket.socket(), socket.socket()
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        listener.bind(("127.0.0.1", 0))
+        self.server = await loop.create_server(made, sock=listener)
+        client.connect(listener.getsockname())
         client.setblocking(False)
         client.send(encode(body=b"content-length: 5\r\n\r\nabcde"))
         while not state.tasks:  # noqa: ASYNC110 -- uvicorn's own sets
@@ -381,15 +385,18 @@ def test_a_client_that_is_gone_while_it_waits_is_noticed_by_the_probe(runner: Ru
     runner.run(talk())
 
 
-def test_a_half_closed_client_that_never_reads_does_not_hold_its_connection(
-    runner: Runner, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("size", [50_000, 16_000_000], ids=["few bytes left", "many bytes left"])
+@pytest.mark.parametrize("half_closed", [False, True])
+def test_a_client_that_never_reads_does_not_hold_its_connection(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch, size: int, half_closed: bool
 ) -> None:
     async def talk() -> None:
         async with Waiting() as waiting:
             await converse(waiting, await waiting.connect())
 
     async def converse(waiting: Waiting, client: socket.socket) -> None:
-        client.shutdown(socket.SHUT_WR)
+        if half_closed:
+            client.shutdown(socket.SHUT_WR)
         waiting.release.set()
         async with asyncio.timeout(20):
             while waiting.connections:  # noqa: ASYNC110 -- uvicorn's own sets
@@ -397,10 +404,67 @@ def test_a_half_closed_client_that_never_reads_does_not_hold_its_connection(
         client.close()
 
     async def large(scope: Scope, receive: Receive, send: Send) -> None:
-        headers = [(b"content-length", b"16000000")]
+        headers = [(b"content-length", b"%d" % size)]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": b"x" * 16_000_000})
+        await send({"type": "http.response.body", "body": b"x" * size})
 
     monkeypatch.setattr("server.write_timeout.WriteTimeout.seconds", 0.05)
     monkeypatch.setattr(sys.modules[__name__], "_echo", large)
     runner.run(talk())
+
+
+TRAILERS = {
+    "one": b"x-api-key: y\r\n",
+    "a second host": b"host: y\r\n",
+    "two": b"a: b\r\nx-forwarded-for: 1.2.3.4\r\n",
+}
+
+
+@pytest.mark.parametrize("case", TRAILERS)
+def test_trailers_are_no_headers(case: str) -> None:
+    async def names(scope: Scope, receive: Receive, send: Send) -> None:
+        told.append([name for name, _ in scope["headers"]])
+        await answer(scope, receive, send)
+
+    told, answer = [], _echo
+    whole = b"transfer-encoding: chunked\r\n\r\n5\r\nabcde\r\n0\r\n" + TRAILERS[case] + b"\r\n"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "_echo", names)
+        answers = asyncio.run(_echoed(encode(body=whole) + SECOND))
+    assert answers == [b"POST /encode abcde", b"GET /health "]
+    assert told[0] == [b"host", b"content-type", b"transfer-encoding"]
+
+
+# What frames a body and is no body: without end, it would be kept or read for ever.
+FRAMINGS = {
+    "many trailers": (b"0\r\n", b"a: b\r\n"),
+    "a long trailer": (b"0\r\na: ", b"b"),
+    "a long name": (b"0\r\n", b"b"),
+    "an extension": (b"1;a=", b"b"),
+    "small chunks with extensions": (b"", b"1;" + b"a" * 200 + b"\r\nx\r\n"),
+}
+
+
+@pytest.mark.parametrize("case", FRAMINGS)
+def test_what_frames_a_body_has_a_bound(tiny_server: Served, case: str) -> None:
+    first, then = FRAMINGS[case]
+    part = then * (50_000 // len(then))
+    with connected(tiny_server) as connection:
+        connection.sendall(encode(body=b"transfer-encoding: chunked\r\n\r\n" + first))
+        with suppress(ConnectionError):  # it is closed before all is sent
+            for _ in range(20):
+                connection.sendall(part)
+        with suppress(ConnectionError):
+            assert statuses(read_all(connection)) in ([431], [])
+
+
+def test_a_body_in_chunks_of_one_byte_is_read(tiny_server: Served) -> None:
+    text = b'{"adapter": "plain", "inputs": "to be"%s}' % (b" " * 20_000)
+    chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in text) + b"0\r\n\r\n"
+    answers = sent(tiny_server, encode(body=b"transfer-encoding: chunked\r\n\r\n" + chunks), SECOND)
+    assert statuses(answers) == [200, 200]
+
+
+def test_a_length_may_begin_with_any_number_of_zeros(tiny_server: Served) -> None:
+    length = b"content-length: %s%d\r\n\r\n" % (b"0" * 5000, len(BODY))
+    assert statuses(sent(tiny_server, encode(body=length + BODY), SECOND)) == [200, 200]

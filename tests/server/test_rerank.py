@@ -158,3 +158,25 @@ def test_a_refusal_names_the_field_at_fault(
     error = answer.json()["error"]
     assert (error["code"], error["param"]) == (code, param)
     assert param in error["message"] or code == "adapter_not_found"
+
+
+BEYOND = {
+    "in a document": ("/v1/rerank", '"query": "a", "documents": [{"text": "a", "n": [-1e400]}]'),
+    "in a field that is passed over": (
+        "/v1/embeddings",
+        '"model": "base", "input": "a", "user": X',
+    ),
+    "deep in one": ("/rerank", '"query": "a", "texts": ["a"], "metadata": {"a": [{"b": X}]}'),
+    "in TEI's options": ("/embed", '"inputs": "a", "options": {"a": X}'),
+}
+
+
+@pytest.mark.parametrize("case", BEYOND)
+def test_a_number_beyond_a_float_is_refused_wherever_it_stands(
+    client: httpx.Client, case: str
+) -> None:
+    path, body = BEYOND[case]
+    raw = "{" + body.replace("X", "1e400") + "}"
+    answer = client.post(path, content=raw, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    assert "non_finite_number" in answer.text

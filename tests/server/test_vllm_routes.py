@@ -88,6 +88,14 @@ def test_a_taken_name_needs_load_inplace(adapters: Adapters) -> None:
     assert load(adapters, "inplace-new", "good.safetensors", load_inplace=True).status_code == 200
 
 
+@pytest.mark.parametrize("name", ["<script>", "../x", "x" * 5000, ""])
+def test_unload_never_repeats_what_is_no_name(adapters: Adapters, name: str) -> None:
+    refused = unload(adapters, name)
+    assert_refused(refused, 400, "validation_error")
+    assert len(refused.content) < 300
+    assert not name or name not in refused.text
+
+
 def test_unload_drains(adapters: Adapters) -> None:
     load(adapters, "busy", "good.safetensors")
     with long_request(adapters, "busy") as admitted:
