@@ -148,7 +148,9 @@ def _write_npy(path: Path, answer: Answer) -> None:
     try:
         with part.open("wb") as file:
             np.save(file, np.stack([np.frombuffer(row, "<f4") for row in rows]))
+            shape = f"{len(rows)} rows of {len(rows[0]) // 4}"
         part.replace(path)
+        click.echo(f"{path}: {shape} float32 numbers", err=True)
     except OSError as error:
         raise click.ClickException(f"{path} can't be written: {error.strerror}") from error
     finally:
