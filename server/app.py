@@ -29,7 +29,7 @@ from server.answers import JSONAnswer
 from server.cors import Cors, CorsHeaders
 from server.engine.engine import Engine
 from server.engine.forward import Forward
-from server.errors import RequestError, error_answer
+from server.errors import RequestError, error_answer, no_route, wrong_method
 from server.guard import Guard
 from server.heads import Heads
 from server.hot import HotRoutes
@@ -272,11 +272,11 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 async def _refused_by_router(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    wrong_method = error.status_code == HTTPStatus.METHOD_NOT_ALLOWED
-    code = "method_not_allowed" if wrong_method else "not_found"
-    response = _answer(request, RequestError(code, HTTPStatus(error.status_code).phrase))
-    if wrong_method:
-        response.headers["allow"] = ", ".join(_methods(request))
+    if error.status_code != HTTPStatus.METHOD_NOT_ALLOWED:
+        return _answer(request, no_route())
+    methods = _methods(request)
+    response = _answer(request, wrong_method(methods))
+    response.headers["allow"] = ", ".join(methods)
     return response
 
 

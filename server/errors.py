@@ -1,5 +1,6 @@
 """The table: every code an answer can carry and its status. Handlers contain no try."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +60,15 @@ class RequestError(TrunklineError):
         super().__init__(message, **details)
         assert code in STATUS, f"{code} is not in the table"
         self.code = code
+
+
+def no_route() -> RequestError:
+    return RequestError("not_found", "there is no such route; /docs lists all of them")
+
+
+def wrong_method(methods: Sequence[str]) -> RequestError:
+    """Of a path that is known, with these methods."""
+    return RequestError("method_not_allowed", f"this route takes {', '.join(methods)} only")
 
 
 @dataclass(frozen=True)

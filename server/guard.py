@@ -2,7 +2,6 @@
 
 import re
 from functools import lru_cache
-from http import HTTPStatus
 from typing import NamedTuple
 
 from starlette.requests import Request
@@ -11,7 +10,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from adapters.errors import BadName
 from adapters.names import BASE, check_name
 from server.answers import JSONAnswer
-from server.errors import RequestError, error_answer
+from server.errors import RequestError, error_answer, no_route, wrong_method
 from server.keys import Caller, KeyRing, QuotaWait
 
 MAX_NAME = 100  # characters of a key's name in an error
@@ -114,9 +113,8 @@ def methods_of(path: str) -> list[str]:
 def _scope_refusal(caller: Caller, method: str, path: str) -> RequestError | None:
     scopes = needed(method, path)
     if scopes is None:
-        if methods_of(path):
-            return RequestError("method_not_allowed", HTTPStatus(405).phrase)
-        return RequestError("not_found", HTTPStatus(404).phrase)
+        methods = methods_of(path)
+        return wrong_method(methods) if methods else no_route()
     if caller.key.scopes & scopes:
         return None
     names = sorted(scopes)

@@ -38,7 +38,8 @@ def print_banner(state: ServerState, keys: KeyRing, names: Sequence[str], url: s
         f"trunkline {__version__}: {state.backbone.id}, {state.dtype} on {state.device} "
         f"({state.operators} operators), at {url}"
     )
-    click.echo(f"{count} adapters: {shown}" if names else "no adapters yet: the backbone alone")
+    noun = "adapter" if count == 1 else "adapters"
+    click.echo(f"{count} {noun}: {shown}" if names else "no adapters yet: the backbone alone")
     if keys.configured:
         click.echo(f"API keys: {keys.path}")
     click.echo(f"try: {_request(state, url, names[0] if names else None, keyed=keys.configured)}")

@@ -84,6 +84,11 @@ class Server:
     def _faults(self) -> Iterator[None]:
         try:
             yield
+        except httpx.ConnectError as error:
+            raise click.ClickException(
+                f"{self.url} can't be reached: {error}; `trunkline serve` starts a server, and "
+                "--url or TRUNKLINE_URL names another address"
+            ) from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise click.ClickException(f"{self.url} can't be reached: {error}") from error
 

@@ -144,8 +144,10 @@ def _write_npy(path: Path, answer: Answer) -> None:
     if _has_errors(answer):
         raise click.ClickException("a row has an error, so no file was written: see --json")
     rows = [base64.b64decode(row["embedding"]) for row in answer.body["data"]]
+    matrix = np.stack([np.frombuffer(row, "<f4") for row in rows])
     with new_file(path, force=True) as file:
-        np.save(file, np.stack([np.frombuffer(row, "<f4") for row in rows]))
+        np.save(file, matrix)
+    click.echo(f"{path}: {len(matrix)} rows of {matrix.shape[1]} float32 numbers", err=True)
 
 
 @dataclass(frozen=True)

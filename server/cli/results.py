@@ -33,7 +33,7 @@ def _cell(key: str, row: dict[str, Any]) -> str:
 
 def _embedding(value: list[float] | str) -> str:
     if isinstance(value, str):
-        return "in base64"
+        return "in the file"  # base64, for --npy
     numbers = " ".join(f"{number:.4f}" for number in value[:SHOWN_VALUES])
     return f"{numbers} ... ({len(value)})" if len(value) > SHOWN_VALUES else numbers
 

@@ -78,9 +78,7 @@ def _serve(backbone: Path | None, config: Path | None, **flags: Any) -> None:
         raise click.ClickException(str(error)) from error
     configure_logs(settings.log_level, settings.log_format)
     if links := service_links():
-        log.info(
-            "passed over %d variables of Kubernetes' service links, as %s", len(links), links[0]
-        )
+        log.info("passed over Kubernetes' service links: %s", ", ".join(links))
     try:
         app = create_app(settings)
         _refuse_open_door(settings, app.state.keys)

@@ -86,7 +86,8 @@ def test_encode_shows_a_line_for_each_text_and_adapter(tiny_server: Served) -> N
 
 def test_encode_writes_a_numpy_file(tiny_server: Served, tmp_path: Path) -> None:
     file = tmp_path / "rows.npy"
-    shown(tiny_server, "encode", *TEXTS, "--adapter", "plain", "--npy", file)
+    lines = shown(tiny_server, "encode", *TEXTS, "--adapter", "plain", "--npy", file).splitlines()
+    assert [line.endswith("in the file") for line in lines[2:]] == [True, True]
     rows = ask(tiny_server, "/encode", inputs=TEXTS, adapter="plain")["data"]
     expected = np.array([row["embedding"] for row in rows], "<f4")
     assert np.array_equal(np.load(file), expected)

@@ -85,6 +85,7 @@ def test_a_scope_allows_its_routes_only_and_a_mistyped_path_is_404(
             wrong = client.put("/encode", headers=key)
             assert code(wrong) == (405, "method_not_allowed")
             assert wrong.headers["allow"] == "POST"
+            assert wrong.json()["error"]["message"] == "this route takes POST only"
             assert client.delete("/", headers=key).headers["allow"] == "GET, HEAD, POST"
         assert client.get("/metrics", headers=metrics).status_code == 200
         assert code(client.get("/debug/engine", headers=infer)) == (403, "forbidden")
