@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,10 @@ def load_checkpoint(path: Path) -> Mapping[str, Any]:
     """What torch.save wrote, zipped or in the old form. Raises ImportRefused."""
     _demand_file(path)
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(
+            action="ignore"
+        ):  # of the pickle's protocol; it is read or not
+            saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever its unpickler met
         raise ImportRefused(f"{path} {_what_is_wrong(path, error)}") from error
     if not isinstance(saved, Mapping):

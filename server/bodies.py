@@ -35,6 +35,8 @@ _PARSER_SAYS = (
 
 _NAMEABLE = re.compile(r"[A-Za-z0-9_.-]{1,40}")  # an unknown key that an answer may name
 
+_OTHER_NAMES = {"model": "adapter", "text": "inputs", "texts": "inputs", "sentences": "inputs"}
+
 Schema = TypeVar("Schema", bound=StrictModel)
 
 
@@ -174,6 +176,9 @@ def _unknown_key(value: dict[str, Any], key: str, schema: type[StrictModel]) -> 
     if not _NAMEABLE.fullmatch(key):
         return _unless_infinite(value, f"the body has an unknown key; known are {known}")
     near = difflib.get_close_matches(key.lower(), schema.model_fields, n=1)
+    other = _OTHER_NAMES.get(key.lower())
+    if other in schema.model_fields:  # the same thing, called so by other servers
+        near = [other]
     meant = f"; the nearest known is {near[0]}" if near else ""
     sentence = f"{key} is an unknown key{meant}; known are {known}"
     return _unless_infinite(value, sentence, field=key)

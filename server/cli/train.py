@@ -40,7 +40,7 @@ from server.cli.trunk_folder import TrunkFolder
 TEST_MASK_SHARE = (0.15, 0.15)  # of the masked-token measures, BERT's
 
 
-@click.group("train")
+@click.group("train", context_settings={"show_default": True})
 def train_() -> None:
     """Train a trunk, or an adapter set on a frozen trunk.
 

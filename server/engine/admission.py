@@ -201,7 +201,11 @@ class Admission:
         if "critic" in ask.outputs and not (self.has_critic or (manifest and manifest.critic)):
             self._check_sequence_heads(manifest, [row for row in rows if row.adapter == reference])
         if "labels" in ask.outputs and not (manifest and manifest.labels):
-            raise ClassifierNotAvailable("the adapter has no classifier")
+            raise ClassifierNotAvailable(
+                "the adapter has no classifier"
+                if leased
+                else "the backbone alone has no classifier: an adapter with one has to be named"
+            )
 
     def _check_sequence_heads(self, manifest: Manifest | None, rows: Sequence[Row]) -> None:
         """Without a critic head, a row can still have a sequence score where [CLS] leads it.

@@ -312,6 +312,10 @@ REFUSALS: dict[str, tuple[Case, str]] = {
     "a folder": (file(Path.mkdir), r"ckpt\.pt is a folder"),
     "an empty file": (file(Path.touch), "not a checkpoint of torch.save"),
     "a text": (file(lambda p: p.write_text("x" * 99)), "not a checkpoint of torch.save"),
+    "a meta.pkl": (
+        file(lambda p: p.write_bytes(pickle.dumps(meta_of(TINY), protocol=4))),
+        "not a checkpoint of torch.save",
+    ),
     "cut off": (
         file(lambda p: p.write_bytes(write(p, saved_by_train_py()).read_bytes()[:5000])),
         "damaged or cut off",

@@ -147,6 +147,14 @@ def test_one_request_s_error_says_nothing_of_another_s(client: httpx.Client) -> 
         assert sentence == "no adapter is named nobody"
 
 
+@pytest.mark.parametrize(("key", "field"), [("model", "adapter"), ("text", "inputs")])
+def test_a_name_that_other_servers_use_points_to_ours(
+    client: httpx.Client, key: str, field: str
+) -> None:
+    _, sentence, _ = error_of(client.post("/encode", json={"inputs": "a", key: "plain"}))
+    assert sentence.startswith(f"{key} is an unknown key; the nearest known is {field};")
+
+
 @pytest.mark.parametrize("path", ROUTES)
 def test_an_unknown_key_is_named_where_it_is_a_plain_word(client: httpx.Client, path: str) -> None:
     body, _ = ROUTES[path]
