@@ -1,12 +1,17 @@
 """Text <-> ids, with character offsets; nothing is dropped in silence."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenizers import AddedToken, decoders, models
+from tokenizers import AddedToken, Encoding, decoders, models
 from tokenizers import Tokenizer as Backend
+
+# Beyond so many characters a text is encoded without Python's lock, which takes a little longer.
+LONG = 4096
+# How many of the first ids stay, and where the last that stay begin
+Parts = Callable[[Sequence[int]], tuple[int, int]]
 
 
 class UntokenizableText(ValueError):
@@ -21,6 +26,7 @@ class UntokenizableText(ValueError):
 class Tokens:
     ids: list[int]
     offsets: list[tuple[int, int]]  # character ranges of the text, one an id
+    cut: bool = False  # whether ids were left out
 
 
 class Tokenizer:
@@ -63,11 +69,25 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return self.backend.get_vocab_size()
 
-    def encode(self, text: str) -> Tokens:
-        """Raises UntokenizableText where a character has no token."""
+    def encode(self, text: str, parts: Parts | None = None) -> Tokens:
+        """With `parts`, those that stay alone: a place is made of them, not of each of a million.
+
+        Raises UntokenizableText where a character has no token.
+        """
         self._refuse_unknown(text)
-        encoding = self.backend.encode(text)
-        return Tokens(encoding.ids, encoding.offsets)
+        encoding = self._encoding(text)
+        ids = encoding.ids
+        head, tail = parts(ids) if parts is not None else (len(ids), len(ids))
+        if head == len(ids):
+            return Tokens(ids, encoding.offsets)
+        kept = [*range(head), *range(tail, len(ids))]
+        offsets = [encoding.token_to_chars(i) or (0, 0) for i in kept]
+        return Tokens([ids[i] for i in kept], offsets, cut=True)
+
+    def _encoding(self, text: str) -> Encoding:
+        if len(text) <= LONG:
+            return self.backend.encode(text)
+        return self.backend.encode_batch([text])[0]
 
     def least_tokens(self, text: str) -> int:
         """How many tokens the text has at least, by its length alone; 0 where that tells nothing.

@@ -2,16 +2,21 @@
 
 import asyncio
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
+from adapters.errors import TrunklineError
 from model.tokenizer import Tokenizer, UntokenizableText
 from server.engine import errors
 from server.engine.job import Ids
 
-# Beyond so many characters a request is tokenised in a worker thread (about 1 ms of work).
+# Beyond so many characters a request is tokenised in a worker thread (about 1 ms of work), and one
+# with a longer text than that in the one thread for such: its tokens take 500 times its bytes.
 INLINE_CHARACTERS = 4096
+LONG_CHARACTERS = 256 << 10
+_LONG_TEXTS = ThreadPoolExecutor(1, "long texts")
 
 
 @dataclass(frozen=True)
@@ -37,9 +42,12 @@ class Cut:
     cls: int | None = None
     first_row: int | None = None  # another length for row 0: a query before its documents
 
+    def most(self, row: int) -> int:
+        return self.first_row if row == 0 and self.first_row is not None else self.tokens
+
     def parts(self, ids: Sequence[int] | Ids, row: int) -> tuple[int, int]:
         """(head, tail): ids[:head] and ids[tail:] stay."""
-        most = self.first_row if row == 0 and self.first_row is not None else self.tokens
+        most = self.most(row)
         if len(ids) <= most:
             return len(ids), len(ids)
         if not self.left:
@@ -48,35 +56,62 @@ class Cut:
         return head, len(ids) - most + head
 
 
+@dataclass(frozen=True)
+class Most:
+    """The tokens that one text may have before it is cut, what sets them, and the error beyond."""
+
+    tokens: int
+    setting: str
+    error: type[TrunklineError]
+    in_all: int  # max_request_tokens: of all rows, behind the cut
+
+
 async def encode_inputs(
-    inputs: Sequence[str | Ids],
-    tokenizer: Tokenizer,
-    cut: Cut | None,
-    most: int | None = None,
+    inputs: Sequence[str | Ids], tokenizer: Tokenizer, cut: Cut | None, most: Most
 ) -> list[Encoded]:
     """One Encoded an input; None cuts nothing.
 
-    Raises SequenceTooLong, before it is tokenised, for a text whose length alone shows that it has
-    over `most` tokens; UntokenizableText, or EmptyInput for a text that has no tokens.
+    Raises, before anything is tokenised, `most`'s error for a text whose length alone shows that it
+    has more tokens, and TooManyTokens where all of them have; UntokenizableText, or EmptyInput for
+    a text that has no tokens.
     """
-    if most is not None:
-        _refuse_too_long(inputs, tokenizer, most)
-    characters = sum(len(item) for item in inputs if isinstance(item, str))
-    if characters <= INLINE_CHARACTERS:
+    texts = [item for item in inputs if isinstance(item, str)]
+    if sum(map(len, texts)) > min(most.tokens, most.in_all):  # else there are not so many
+        _refuse_too_long(inputs, tokenizer, cut, most)
+    if sum(map(len, texts)) <= INLINE_CHARACTERS:
         return _encode_all(inputs, tokenizer, cut)
-    return await asyncio.to_thread(_encode_all, inputs, tokenizer, cut)
+    loop = asyncio.get_running_loop()
+    long = max(map(len, texts)) > LONG_CHARACTERS
+    threads = _LONG_TEXTS if long else None
+    return await loop.run_in_executor(threads, _encode_all, inputs, tokenizer, cut)
 
 
-def _refuse_too_long(inputs: Sequence[str | Ids], tokenizer: Tokenizer, most: int) -> None:
+def _refuse_too_long(
+    inputs: Sequence[str | Ids], tokenizer: Tokenizer, cut: Cut | None, most: Most
+) -> None:
+    in_all = 0
     for row, item in enumerate(inputs):
         least = tokenizer.least_tokens(item) if isinstance(item, str) else 0
-        if least > most:
-            raise errors.SequenceTooLong(
-                f"the row has at least {least} tokens; block_size is {most}",
+        if least > most.tokens:
+            raise most.error(
+                f"the row has at least {least} tokens; {most.setting} is {most.tokens}",
                 row=row,
                 tokens=least,
-                limit=most,
+                limit=most.tokens,
             )
+        in_all += min(least, cut.most(row)) if cut else least
+    check_tokens(in_all, most.in_all, "at least ")
+
+
+def check_tokens(tokens: int, limit: int, how: str = "") -> None:
+    """Raises TooManyTokens for more than a request may have."""
+    if tokens > limit:
+        raise errors.TooManyTokens(
+            f"the request has {how}{tokens} tokens; max_request_tokens is {limit}",
+            tokens=tokens,
+            limit=limit,
+            setting="max_request_tokens",
+        )
 
 
 def _encode_all(
@@ -89,17 +124,12 @@ def _encode(item: str | Ids, row: int, tokenizer: Tokenizer, cut: Cut | None) ->
     if not isinstance(item, str):
         return _cut_ids(item, row, cut)
     try:
-        tokens = tokenizer.encode(item)
+        tokens = tokenizer.encode(item, (lambda ids: cut.parts(ids, row)) if cut else None)
     except UntokenizableText as error:
         raise errors.UntokenizableText(str(error), row=row, offset=error.offset) from error
     if not tokens.ids:
         raise errors.EmptyInput("the text has no tokens", row=row)
-    ids, offsets = tokens.ids, tokens.offsets
-    head, tail = cut.parts(ids, row) if cut else (len(ids), len(ids))
-    if head == len(ids):
-        return Encoded(np.array(ids, dtype=np.int64), item, offsets, False)
-    kept = np.array(ids[:head] + ids[tail:], dtype=np.int64)
-    return Encoded(kept, item, offsets[:head] + offsets[tail:], True)
+    return Encoded(np.array(tokens.ids, dtype=np.int64), item, tokens.offsets, tokens.cut)
 
 
 def _cut_ids(ids: Ids, row: int, cut: Cut | None) -> Encoded:

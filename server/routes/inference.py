@@ -12,11 +12,17 @@ from server.answer_size import check_values, values_of
 from server.answers import Answered
 from server.connection import CLIENT, Client
 from server.engine.admission import Row
-from server.engine.errors import BadInput, DeadlineExceeded, TooManyInputs
+from server.engine.errors import (
+    BadInput,
+    DeadlineExceeded,
+    SequenceTooLong,
+    TooManyInputs,
+    TooManyTokens,
+)
 from server.engine.job import Ask, Ids, Result
 from server.errors import RequestError
 from server.guard import caller_of, check_adapter
-from server.inputs import Cut, encode_inputs
+from server.inputs import Cut, Most, encode_inputs
 from server.locating import Place, located
 from server.logs import FACTS
 from server.named_path import reference_of
@@ -75,6 +81,18 @@ def cut_to_block(state: ServerState, left: bool = False) -> Cut:
     return Cut(config.block_size, left, config.cls_token_id)
 
 
+def most_of_row(state: ServerState) -> Most:
+    """What a text may have that is not to be cut."""
+    limit, in_all = state.backbone.config.block_size, state.settings.max_request_tokens
+    return Most(limit, "block_size", SequenceTooLong, in_all)
+
+
+def most_of_request(state: ServerState) -> Most:
+    """What any text may have: one that is to be cut is tokenised whole."""
+    limit = state.settings.max_request_tokens
+    return Most(limit, "max_request_tokens", TooManyTokens, limit)
+
+
 async def answer_inputs(
     request: Request,
     inputs: Sequence[str | Ids],
@@ -90,7 +108,7 @@ async def answer_inputs(
     _check_adapters(request, references, place)
     _check_count(len(inputs) * len(references), state)
     began = time.monotonic()
-    most = None if cut else state.backbone.config.block_size
+    most = most_of_request(state) if cut else most_of_row(state)
     try:
         encoded = await encode_inputs(inputs, state.backbone.tokenizer, cut, most)
     except TrunklineError as error:

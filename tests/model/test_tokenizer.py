@@ -156,3 +156,15 @@ def test_a_mask_of_a_learnt_vocabulary_stands_for_a_word_and_its_space() -> None
     masked = LEARNT.encode("the [MASK] of the [MASK]").ids
     assert len(masked) == len(word) == 5
     assert [masked[i] for i in (0, 2, 3)] == [word[i] for i in (0, 2, 3)]
+
+
+@pytest.mark.parametrize("words", [1, 10, 2000])  # the last is encoded in the other way
+@pytest.mark.parametrize("parts", [(0, 3), (3, 0), (1, 4), (3, 3)], ids=str)
+def test_what_stays_of_a_cut_text_is_as_in_the_whole(words: int, parts: tuple[int, int]) -> None:
+    tokenizer = tiny_tokenizer()
+    text, (head, tail) = "[CLS]" + "To be, " * words, parts
+    whole = tokenizer.encode(text)
+    cut = tokenizer.encode(text, lambda ids: (head, len(ids) - tail))
+    assert cut.ids == whole.ids[:head] + whole.ids[len(whole.ids) - tail :]
+    assert cut.offsets == whole.offsets[:head] + whole.offsets[len(whole.ids) - tail :]
+    assert (cut.cut, whole.cut) == (True, False)

@@ -79,3 +79,23 @@ def test_the_limit_holds_for_what_all_adapters_answer_together(tiny_backbone, se
         assert error["code"] == "too_many_tokens"
         assert error["details"]["limit"] == 2 * 5 * TINY.n_embd
         assert client.post("/critic", json={"inputs": [1, 2, 3]}).status_code == 200
+
+
+# What a text costs before its answer is made; the server takes 131,072 tokens a request.
+LARGE = {
+    "one text for /tokenize": ("/tokenize", {"inputs": "to be " * 200_000}),
+    "many texts for /tokenize": ("/tokenize", {"inputs": ["to be " * 200] * 1000}),
+    "ids for /detokenize": ("/detokenize", {"ids": [5] * 200_000}),
+    "one text that is to be cut": ("/encode", {"inputs": "to be " * 200_000, "truncate": True}),
+    "one of two": ("/embed", {"inputs": ["a", "to be " * 200_000], "truncate": True}),
+}
+
+
+@pytest.mark.parametrize("case", LARGE)
+def test_more_tokens_than_a_request_may_have_are_refused(tiny_server: Served, case: str) -> None:
+    path, body = LARGE[case]
+    with tiny_server.client() as client:
+        answer = client.post(path, json=body)
+        assert answer.status_code == 413
+        assert "too_many_tokens" in answer.text
+        assert "max_request_tokens is 131072" in answer.text
