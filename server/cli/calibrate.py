@@ -114,7 +114,13 @@ def calibrate(
         table, filled = bucket_table(fitted.wrong, fitted.p)
         measured = _judge(sample, rest, batch_tokens, "measuring")
     tables = {"critic alone": None, "table before": _table_before(backbone, target)}
-    _report(fitted, measured, filled, (len(fit), len(rest)), tables | {"new table": table})
+    tables |= {"new table": table}
+    is_better = _report(fitted, measured, filled, (len(fit), len(rest)), tables)
+    if not is_better and out is None and not dry_run:
+        raise click.ClickException(
+            f"the new table is no better than what was there, so {target.path} stays as it is: "
+            "give more text, or --out FILE to have the table all the same"
+        )
     with sentences():
         if json_file is not None:
             _add_to_json(json_file, adapter if target.adapter else BASE, table)
@@ -198,9 +204,11 @@ def _report(
     filled: int,
     rows: tuple[int, int],
     tables: Mapping[str, Tensor | None],
-) -> None:
-    """Prints one error for each of `tables`, by its name; the first is the critic without a table,
-    and another that is None does not exist."""
+) -> bool:
+    """Prints one error for each of `tables`, by its name, and returns whether the last is the best.
+
+    The first is the critic without a table; another that is None does not exist.
+    """
     share = float(fitted.wrong.double().mean())
     click.echo(
         f"fitted on {len(fitted.p):,} tokens of {rows[0]:,} rows, {share:.1%} of them wrong; "
@@ -213,8 +221,7 @@ def _report(
             errors[name] = expected_calibration_error(measured.wrong, _mapped(measured.p, table))
             click.echo(f"  {name:<14}{errors[name]:.4f}")
     *before, after = errors.values()
-    if after >= min(before):
-        click.echo("the new table is no better than what was there: give it more text", err=True)
+    return after < min(before)
 
 
 def _mapped(p: Tensor, table: Tensor | None) -> Tensor:

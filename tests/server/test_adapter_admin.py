@@ -406,7 +406,9 @@ def test_a_draining_server_takes_no_upload_and_answers_the_rest(
     tiny_backbone: Path, serve: Serve, tmp_path: Path
 ) -> None:
     data = tmp_path / "data"
-    served = serve(tiny_backbone, "--data", data, "--drain-window-s", "600", "--import-root", data)
+    served = serve(
+        tiny_backbone, "--data", data, "--drain-window-s", "600", "--import-root", tmp_path
+    )
     with adapters_of(served, data) as adapters:
         answer = adapters.embeddings()
         served.process.send_signal(signal.SIGTERM)

@@ -116,9 +116,15 @@ def test_the_written_adapter_is_the_same_set_with_a_table_and_the_server_answers
     for token in row["tokens"]:
         bucket = min(math.floor(100 / (1 + math.exp(-token["logit"]))), 99)
         assert token["wrongness"] == pytest.approx(table[bucket], abs=1e-6)
-    # Again: what was there counts as before, and the seed alone decides the table.
-    assert errors_of(calibrate(tiny_backbone, file, text))["table before"] == errors["new table"]
+    # Again: what was there counts as before, the seed alone decides the table, and a table that is
+    # no better is written only where --out asks for it.
+    again = calibrate(tiny_backbone, file, text)
+    assert again.exit_code == 1
+    assert f"no better than what was there, so {file} stays as it is" in again.output
     assert read_adapter(file).digest == after.digest
+    asked = calibrate(tiny_backbone, file, text, "--out", tmp_path / "again.safetensors")
+    assert errors_of(asked)["table before"] == errors["new table"]
+    assert read_adapter(tmp_path / "again.safetensors").digest == after.digest
 
 
 def test_out_and_json_and_a_dry_run_leave_the_adapter_alone(
