@@ -78,7 +78,7 @@ def _factors(place: str, adapter: AdapterSet) -> tuple[Tensor, Tensor] | None:
 def _replaced(
     place: str, names: list[str], a: AdapterSet, b: AdapterSet, base: Mapping[str, Tensor]
 ) -> Distance:
-    """Of LayerNorms, heads and the CLS embedding, which stand in place of the backbone's."""
+    """The distances of LayerNorms, heads and the CLS embedding, which replace the backbone's."""
     first, second = ([_change(name, each, base) for name in names] for each in (a, b))
     if place == "sequence_head":
         first, second = ([_sequence_change(each, base)] for each in (a, b))

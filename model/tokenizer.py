@@ -8,7 +8,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Encoding, decoders, models
 from tokenizers import Tokenizer as Backend
 
-# Beyond so many characters a text is encoded without Python's lock, which takes a little longer.
+# Longer texts are encoded without the GIL, which takes a little longer.
 LONG = 4096
 # How many of the first ids stay, and where the last that stay begin
 Parts = Callable[[Sequence[int]], tuple[int, int]]

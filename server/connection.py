@@ -187,7 +187,7 @@ class Connection(HttpToolsProtocol):
             self._await_head()
 
     def _count_framing(self, size: int) -> None:
-        """Of a read that had no head in it: what was not body is taken off what is left."""
+        """Counts the framing bytes of a read without a head: all that is not body."""
         self._framing_left -= size
         if self._framing_left < 0:
             sentence = f"a body's chunks and trailers may have {MAX_FRAMING_BYTES} bytes beside it"

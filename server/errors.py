@@ -67,7 +67,7 @@ def no_route() -> RequestError:
 
 
 def wrong_method(methods: Sequence[str]) -> RequestError:
-    """Of a path that is known, with these methods."""
+    """The error of a known path that was asked with another method than these."""
     return RequestError("method_not_allowed", f"this route takes {', '.join(methods)} only")
 
 

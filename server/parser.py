@@ -19,7 +19,7 @@ class Callbacks(Protocol):
 
     @property
     def headers(self) -> Sequence[tuple[bytes, bytes]]:
-        """Of the head that was read last."""
+        """The headers of the head that was read last."""
 
     def on_message_begin(self) -> None: ...
     def on_url(self, url: bytes) -> None: ...

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-UNIX = "unix"  # in a list of trusted proxies: whoever comes through the unix socket
+UNIX = "unix"  # in a list of trusted proxies: every client of the unix socket
 _HOST = re.compile(r"[A-Za-z0-9._-]{1,253}(:\d{1,5})?|\[[0-9A-Fa-f:.]{2,45}\](:\d{1,5})?")
 
 
 class Proxies:
     """Pure ASGI: sets the scope's client, scheme and host header from a trusted proxy's headers.
 
-    Anybody else's are ignored: whoever could set them would choose its own name in the audit.
+    All others' are ignored: with such headers a client could choose its name in the audit.
     """
 
     def __init__(self, app: ASGIApp, trusted: Sequence[str]) -> None:

@@ -58,7 +58,7 @@ CONDITIONAL = parameters(says.IF_MATCH, says.IF_NONE_MATCH)
 
 
 def _read(answer: Responses, *headers: str) -> Responses:
-    """Of a conditional read."""
+    """The stated answers of a conditional read: `answer` with its ETag, and 304."""
     known = says.with_headers(says.NOT_MODIFIED, "ETag")
     return says.with_headers(answer, "ETag", *headers) | known
 
