@@ -123,10 +123,10 @@ class Library:
         """The version a reference means now. Raises as Registry.resolve."""
         return self.registry.resolve(reference)
 
-    def lease(self, reference: str) -> tuple[Version, Lease]:
+    def lease(self, reference: str, key: str = "") -> tuple[Version, Lease]:
         """The version a reference means, and a lease on it. Raises as Registry.resolve.
 
-        Its load begins where it is not resident.
+        Its load, on the account of the API key, begins where it is not resident.
         """
         while True:
             version = self.registry.resolve(reference)
@@ -135,7 +135,7 @@ class Library:
                 # A delete looks at the leases after its commit: what resolves still, with the
                 # lease taken, stays until the lease is released.
                 if self.registry.resolve(reference) == version:
-                    self.slots.want(version.digest)
+                    self.slots.want(version.digest, key=key)
                     self._count(version.name)
                     return version, lease
             except BaseException:

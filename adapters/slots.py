@@ -90,7 +90,7 @@ class SlotPool:
 
     # What the device thread does.
 
-    def hold(self, digest: str) -> Slot | None:
+    def hold(self, digest: str, key: str = "") -> Slot | None:
         """Its slot, not to be freed until `let_go`; or None, and then its load is under way.
 
         Raises the TrunklineError of a load that failed.
@@ -98,7 +98,7 @@ class SlotPool:
         with self._cond:
             slot = self._slots.get(digest)
             if slot is None:
-                self._want(digest, for_jobs=True)
+                self._want(digest, True, key)
                 return None
             slot.holds += 1
             slot.fresh_until = 0.0
@@ -118,16 +118,16 @@ class SlotPool:
 
     # What requests and administrators do.
 
-    def want(self, digest: str, for_jobs: bool = True) -> None:
+    def want(self, digest: str, for_jobs: bool = True, key: str = "") -> None:
         """Have it loaded soon, once for any number of calls; at once nothing where it is there.
 
         Raises the TrunklineError of a load that failed within FAILURE_S.
         """
         with self._cond:
             if digest not in self._slots:
-                self._want(digest, for_jobs)
+                self._want(digest, for_jobs, key)
 
-    def _want(self, digest: str, for_jobs: bool) -> None:
+    def _want(self, digest: str, for_jobs: bool, key: str) -> None:
         failed = self._failed.get(digest)
         if failed is not None:
             if time.monotonic() - failed[0] < FAILURE_S:
@@ -137,12 +137,12 @@ class SlotPool:
             self._wanted[digest] = self._wanted.get(digest, False) or for_jobs
             self._cond.notify_all()
 
-    def load_now(self, digest: str, timeout_s: float) -> bool:
+    def load_now(self, digest: str, timeout_s: float, key: str = "") -> bool:
         """Wait until it is resident; False where the time is over. Raises as `want` does."""
         deadline = time.monotonic() + timeout_s
         with self._cond:
             while digest not in self._slots:
-                self._want(digest, for_jobs=False)
+                self._want(digest, False, key)
                 if not self._cond.wait(deadline - time.monotonic()):
                     return False
         return True

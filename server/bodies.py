@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from server.connection import CLIENT, Client
 from server.errors import RequestError
+from server.guard import key_of
 from server.strict_model import StrictModel
 
 # A body of so many bytes takes a turn (server.turns) and is parsed in a worker thread, so that the
@@ -47,7 +48,7 @@ async def read_json(request: Request, schema: type[Schema], max_bytes: int) -> S
         settings = request.app.state.settings
         raw = await _read(request, max_bytes, settings.receive_timeout_s)
         return parse(raw, schema, settings.max_inputs)
-    async with request.app.state.turns.take(size):
+    async with request.app.state.turns.take(size, key_of(request)):
         return await _read_large(request, schema, max_bytes)
 
 

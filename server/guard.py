@@ -140,6 +140,12 @@ def caller_of(request: Request) -> Caller | None:
     return caller
 
 
+def key_of(request: Request) -> str:
+    """The id of the API key whose share the request's work counts to; "" is everybody without."""
+    caller = caller_of(request)
+    return caller.key.id if caller is not None else ""
+
+
 def check_adapter(request: Request, reference: str | None) -> None:
     """Raises RequestError where the request's key may not use this adapter; base is everybody's."""
     caller = caller_of(request)

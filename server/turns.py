@@ -27,7 +27,7 @@ class Turns:
         self._rate = DrainRate()  # of bytes
 
     @asynccontextmanager
-    async def take(self, size: int) -> AsyncIterator[None]:
+    async def take(self, size: int, key: str = "") -> AsyncIterator[None]:
         """Wait for a turn with a body of so many bytes. Raises Overloaded instead of long waits."""
         wait_s = self._rate.seconds(self._bytes)
         if wait_s > self._most_s:

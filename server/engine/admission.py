@@ -129,7 +129,7 @@ class Admission:
         error = self.refusal(references, most_s, key, tokens)  # first: it is to cost little
         if error is not None:
             raise error
-        leases = self._lease_all(references, rows, ask)
+        leases = self._lease_all(references, rows, ask, key)
         self.permits.take(tokens)
         return self._jobs(rows, leases, ask, deadline, key)
 
@@ -177,7 +177,7 @@ class Admission:
             raise
 
     def _lease_all(
-        self, references: Collection[str | None], rows: Sequence[Row], ask: Ask
+        self, references: Collection[str | None], rows: Sequence[Row], ask: Ask, key: str
     ) -> dict[str | None, Leased]:
         """Each reference resolved once, with a lease; all or none."""
         leases: dict[str | None, Leased] = {}
@@ -186,7 +186,7 @@ class Admission:
                 if reference is None or reference == BASE:
                     leases[reference] = None
                 else:
-                    leases[reference] = self.library.lease(reference)
+                    leases[reference] = self.library.lease(reference, key)
                 self._check_heads(leases[reference], reference, rows, ask)
         except TrunklineError as error:
             error.details["adapter"] = reference or BASE

@@ -26,7 +26,7 @@ OUTLOOK_S, MANY_LINES = 0.02, 64
 # so a machine that gets slower gets slower for that line alone.
 CAUTION = 1.25
 
-Hold = Callable[[str], Slot | None]
+Hold = Callable[[str, str], Slot | None]  # digest, API key: SlotPool.hold
 
 
 LineKey = tuple[str, str, int]  # API key, adapter's name (the base has ""), version
@@ -252,7 +252,7 @@ class JobQueue:
         if adapter is None or adapter.digest in taken.slots:
             return True
         try:
-            slot = hold(adapter.digest)
+            slot = hold(adapter.digest, line.jobs[0].key)
         except TrunklineError as error:
             taken.failed += [(line.pop(), error) for _ in range(len(line.jobs))]
             return False

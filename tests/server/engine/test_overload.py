@@ -43,7 +43,7 @@ class Device:
     def version(self, name: str) -> Any:
         return SimpleNamespace(name=name, number=1, digest=name, manifest=None)
 
-    def lease(self, name: str) -> Any:
+    def lease(self, name: str, key: str) -> Any:
         if name == "deleted meanwhile":
             raise NotFound(name)
         self.leases += 1
@@ -74,7 +74,7 @@ class Device:
         """What the device answers in this time."""
         left, done = int(seconds * RATE), []
         while left >= ROW and len(self.queue):
-            batch = self.queue.take(min(left, 512), lambda digest: SimpleNamespace())  # type: ignore[arg-type,return-value]
+            batch = self.queue.take(min(left, 512), lambda digest, key: SimpleNamespace())  # type: ignore[arg-type,return-value]
             for job in batch.jobs:
                 job.release()
             left -= sum(job.tokens for job in batch.jobs)
@@ -210,7 +210,7 @@ def test_what_waits_is_counted_down_as_jobs_leave_by_any_way() -> None:
     jobs[0].reply.abandoned = True
     for job in jobs[1:19]:
         job.deadline = 0.0
-    device.queue.take(2 * ROW, lambda digest: SimpleNamespace())  # type: ignore[arg-type,return-value]
+    device.queue.take(2 * ROW, lambda digest, key: SimpleNamespace())  # type: ignore[arg-type,return-value]
     assert late_s(line, 19 * ROW) == 0.0
     assert late_s(base, 19 * ROW) == 0.0
 
@@ -219,7 +219,7 @@ def test_what_is_on_the_device_is_before_everybody() -> None:
     device = Device(max_wait_s=60)
     for _ in range(40):
         device.ask("a")
-    device.queue.take(40 * ROW, lambda digest: SimpleNamespace())  # type: ignore[arg-type,return-value]
+    device.queue.take(40 * ROW, lambda digest, key: SimpleNamespace())  # type: ignore[arg-type,return-value]
     assert device.admission.permits.held == 40 * ROW
     assert device.queue.lateness([line_key("", None)], 40 * ROW, RATE, 1.5) == pytest.approx(0.5)
 

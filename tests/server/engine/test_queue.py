@@ -105,7 +105,7 @@ def test_a_cold_adapter_delays_only_its_own_jobs() -> None:
     queue = JobQueue()
     queue.put([job("cold", 10), job("warm", 10), job("cold", 10), job(None, 10)])
     resident = {"sha256:warm1"}
-    taken = queue.take(100, lambda digest: slot(digest) if digest in resident else None)
+    taken = queue.take(100, lambda digest, key: slot(digest) if digest in resident else None)
     assert names(taken.jobs) == {"warm": 1, "base": 1}
     resident.add("sha256:cold1")
     assert names(queue.take(100, slot).jobs) == {"cold": 2}
@@ -129,7 +129,7 @@ def test_take_waits_until_a_load_has_ended() -> None:
 
 
 def test_a_failed_load_fails_only_its_own_jobs() -> None:
-    def hold(digest: str) -> Slot:
+    def hold(digest: str, key: str) -> Slot:
         if "broken" in digest:
             raise Damaged("its file is damaged")
         return slot(digest)
@@ -155,7 +155,7 @@ def test_late_and_abandoned_jobs_are_given_back_not_run() -> None:
 def test_two_versions_of_one_name_wait_apart() -> None:
     queue = JobQueue()
     queue.put([job("a", 10, number=1), job("a", 10, number=2)])
-    taken = queue.take(100, lambda digest: slot(digest) if digest.endswith("a2") else None)
+    taken = queue.take(100, lambda digest, key: slot(digest) if digest.endswith("a2") else None)
     assert [each.adapter.number for each in taken.jobs if each.adapter] == [2]
 
 

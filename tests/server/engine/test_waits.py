@@ -81,7 +81,7 @@ class Simulation:
     def version(self, name: str) -> Any:
         return SimpleNamespace(name=name, number=1, digest=name, manifest=None)
 
-    def lease(self, name: str) -> Any:
+    def lease(self, name: str, key: str) -> Any:
         return self.version(name), SimpleNamespace(release=lambda: None)
 
     def run(self) -> None:
@@ -93,7 +93,7 @@ class Simulation:
             while following is not None and following[0] <= self.now:
                 self.ask(*following)
                 following = next(coming, None)
-            taken = self.queue.take(BATCH, lambda digest: SimpleNamespace())  # type: ignore[arg-type,return-value]
+            taken = self.queue.take(BATCH, lambda digest, key: SimpleNamespace())  # type: ignore[arg-type,return-value]
             assert not taken.unwanted, "a deadline passed in the queue"
             ended = self.run_batch(taken.jobs, ended)
 
