@@ -34,7 +34,7 @@ def job(name: str | None, tokens: int, *, number: int = 1, late: bool = False) -
     return Job(ids, ASK, adapter, deadline, time.monotonic(), Reply(1), 0, lambda: None)
 
 
-def slot(digest: str) -> Slot:
+def slot(digest: str, key: str = "") -> Slot:
     return Slot(digest, None, None, 0.0)  # type: ignore[arg-type]
 
 
@@ -117,7 +117,9 @@ def test_take_waits_until_a_load_has_ended() -> None:
     loaded = threading.Event()
     taken = []
     thread = threading.Thread(
-        target=lambda: taken.append(queue.take(9, lambda d: slot(d) if loaded.is_set() else None))
+        target=lambda: taken.append(
+            queue.take(9, lambda d, key: slot(d) if loaded.is_set() else None)
+        )
     )
     thread.start()
     time.sleep(0.05)
