@@ -69,7 +69,7 @@ def test_a_key_with_too_much_waiting_is_refused_and_another_key_is_not() -> None
 def test_retry_after_is_one_round_over_the_keys_at_the_measured_rate() -> None:
     async def run() -> None:
         bench = Bench(most_waiting=1)
-        bench.fair._rate.note(1, 4.0)
+        bench.fair.rate.note(1, 4.0)
         await bench.ask("a", 1)
         await bench.ask("b", 1)
         with pytest.raises(Overloaded) as refused:
