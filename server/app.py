@@ -97,7 +97,7 @@ def create_app(settings: Settings) -> FastAPI:
     forward = Forward(backbone, dtype, device, int8=settings.dtype == "int8")
     library = _library(settings, backbone, forward)
     app.state.settings = settings
-    app.state.turns = Turns(settings.max_queue_s)
+    app.state.turns = Turns(settings.max_queue_s, settings.max_body_bytes)
     app.state.server = ServerState(settings, backbone, forward, library, Metrics())
     app.state.server.metrics.watch_residency(lambda: _residency(library))
     keys = settings.keys or (settings.data_dir or default_data_dir()) / "keys.json"
@@ -194,6 +194,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     state.engine.start()
     yield
     await state.engine.stop()
+    app.state.turns.close()
     state.library.close()
     await asyncio.to_thread(state.at_end)
 

@@ -6,26 +6,27 @@ import gc
 import json
 import math
 import re
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import jiter
 from pydantic import ValidationError
 from starlette.requests import ClientDisconnect, Request
 
+from server.body_memory import LargeBody
 from server.connection import CLIENT, Client
 from server.errors import RequestError
 from server.guard import key_of
+from server.json_cost import check_cost
+from server.leaving import unless_client_leaves
 from server.strict_model import StrictModel
+from server.turns import Turns
 
 # A body of so many bytes takes a turn (server.turns) and is parsed in a worker thread, so that the
 # event loop answers meanwhile.
 LARGE = 64 << 10
-# One: each thread that parses takes Python's lock for 5 ms at a time, and the loop waits for all.
-_PARSER = ThreadPoolExecutor(1, "parser")
 
 # What the parser's message has in it, and what is answered.
 _PARSER_SAYS = (
@@ -48,22 +49,23 @@ async def read_json(request: Request, schema: type[Schema], max_bytes: int) -> S
         settings = request.app.state.settings
         raw = await _read(request, max_bytes, settings.receive_timeout_s)
         return parse(raw, schema, settings.max_inputs)
-    async with request.app.state.turns.take(size, key_of(request)):
-        return await _read_large(request, schema, max_bytes)
+    turns: Turns = request.app.state.turns
+    async with turns.take(size, key_of(request)) as place:
+        return await _read_large(request, schema, max_bytes, place)
 
 
-async def _read_large(request: Request, schema: type[Schema], max_bytes: int) -> Schema:
+async def _read_large(
+    request: Request, schema: type[Schema], max_bytes: int, place: LargeBody
+) -> Schema:
     settings, turns = request.app.state.settings, request.app.state.turns
-    raw = await _read(request, max_bytes, settings.receive_timeout_s)
+    raw = await _read(request, max_bytes, settings.receive_timeout_s, place)
+    work = partial(_parse_large, raw, schema, settings.max_inputs, settings.max_request_tokens)
+    return await unless_client_leaves(request, turns.parse(place, work))
 
-    def parse_and_note() -> Schema:
-        began = time.monotonic()
-        try:
-            return parse(raw, schema, settings.max_inputs)
-        finally:
-            turns.note(len(raw), began)
 
-    return await asyncio.get_running_loop().run_in_executor(_PARSER, parse_and_note)
+def _parse_large(raw: bytes, schema: type[Schema], max_inputs: int, max_tokens: int) -> Schema:
+    check_cost(raw, max_tokens)
+    return parse(raw, schema, max_inputs)
 
 
 def check_json_headers(request: Request, max_bytes: int) -> int:
@@ -101,23 +103,27 @@ def header(request: Request, name: bytes, default: str = "") -> str:
     return default
 
 
-async def _read(request: Request, max_bytes: int, timeout_s: float) -> bytes:
+async def _read(
+    request: Request, max_bytes: int, timeout_s: float, place: LargeBody | None = None
+) -> bytes:
     client: Client | None = request.scope.get(CLIENT)
     try:
         if client is not None and client.sent_all:  # nothing to wait for
-            return await _read_all(request, max_bytes)
+            return await _read_all(request, max_bytes, place)
         async with asyncio.timeout(timeout_s):
-            return await _read_all(request, max_bytes)
+            return await _read_all(request, max_bytes, place)
     except TimeoutError as error:
         raise RequestError("receive_timeout", f"the body took over {timeout_s:g} s") from error
     except ClientDisconnect as error:
         raise RequestError("malformed_json", "the client left before its body was there") from error
 
 
-async def _read_all(request: Request, max_bytes: int) -> bytes:
+async def _read_all(request: Request, max_bytes: int, place: LargeBody | None) -> bytes:
     parts: list[bytes] = []
     size, more = 0, True
     while more:
+        if place is not None:
+            await place.memory.room(place)
         message = await request.receive()
         if message["type"] == "http.disconnect":
             raise ClientDisconnect
@@ -125,6 +131,8 @@ async def _read_all(request: Request, max_bytes: int) -> bytes:
         size += len(part)
         if size > max_bytes:
             raise _too_large(max_bytes)
+        if place is not None:
+            place.memory.received(place, len(part))
         parts.append(part)
     return b"".join(parts)
 
@@ -227,7 +235,8 @@ def _why_not_json(raw: bytes, said: str) -> RequestError:
 def _lenient_json(text: str) -> Any:
     """What Python's reader, which lets NaN and surrogates pass, makes of it; None if nothing."""
     try:
-        return json.loads(text)
+        with _no_collections(len(text) >= LARGE):
+            return json.loads(text)
     except (ValueError, RecursionError):
         return None
 

@@ -1,63 +1,83 @@
-"""Turns: large bodies are read and parsed a few at a time, and refused when too many wait."""
+"""Turns: large bodies are received within a bound of memory and parsed one after the other.
+
+Both the memory and the parser's time are shared by key first.
+"""
 
 import asyncio
-import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import TypeVar
 
+from server.body_memory import BodyMemory, LargeBody
 from server.engine.admission import overloaded
-from server.engine.rate import DrainRate
+from server.errors import RequestError
+from server.fair_work import FairWork
 
-AT_ONCE = 4  # one is parsed, the next are read meanwhile
-LONGEST_S = 1.0  # who takes longer to send has no more turn, and slows nobody down either
+T = TypeVar("T")
+
+BODIES = 8  # the memory holds so many of the largest bodies, beside one a key
+MOST_WAITING = 1000  # bodies of a key: more than the memory holds
 
 
 class Turns:
-    """Who has no turn leaves its body unread, in the kernel's buffers and at its client's.
+    """The JSON parser holds the GIL, so one thread parses, and keys are served by their bytes.
 
-    The parser holds Python's lock for milliseconds, and behind it wait every piece that is read of
-    another body, every other request and every new connection. So few are read beside it, and who
-    would wait for too long is told so before a byte is read.
+    A body counts from the bytes that were received: one that has sent its head alone takes nothing
+    from others. A key whose own bodies would wait for too long is refused with 503 before more of
+    them are read.
     """
 
-    def __init__(self, most_s: float) -> None:
+    def __init__(self, most_s: float, max_body_bytes: int) -> None:
         self._most_s = most_s
-        self._free = asyncio.Semaphore(AT_ONCE)
-        self._bytes = 0  # of those that have a turn or wait for one
-        self._rate = DrainRate()  # of bytes
+        self._parser = FairWork(1, "parser", MOST_WAITING)
+        self.memory = BodyMemory(BODIES * max_body_bytes)
+        self._parsing: dict[str, int] = {}  # bytes by key
 
     @asynccontextmanager
-    async def take(self, size: int, key: str = "") -> AsyncIterator[None]:
-        """Wait for a turn with a body of so many bytes. Raises Overloaded instead of long waits."""
-        wait_s = self._rate.seconds(self._bytes)
+    async def take(self, declared: int, key: str) -> AsyncIterator[LargeBody]:
+        """A place for one large body. Raises Overloaded if it would wait for too long."""
+        self._refuse_long_waits(key)
+        task = asyncio.current_task()
+        assert task is not None
+        body = LargeBody(self.memory, key, declared, task.cancel)
+        self.memory.enter(body)
+        try:
+            yield body
+        except asyncio.CancelledError:
+            if body.stalled and task.uncancel() == 0:
+                raise RequestError(
+                    "receive_timeout", "the body stalled while others came"
+                ) from None
+            raise
+        finally:
+            self.memory.leave(body)
+
+    async def parse(self, body: LargeBody, work: Callable[[], T]) -> T:
+        """What `work` returns, in the parser's thread, once it is the body's turn."""
+        self.memory.whole(body)
+        with self._counted(body):
+            return await self._parser.run(body.key, work, body.received)
+
+    def close(self) -> None:
+        self._parser.close()
+
+    def _refuse_long_waits(self, key: str) -> None:
+        """Until a key's own bytes are parsed, each other key is served as many at most."""
+        waiting = self.memory.paused_bytes()
+        for each, size in self._parsing.items():
+            waiting[each] = waiting.get(each, 0) + size
+        own = waiting.get(key, 0)
+        wait_s = self._parser.rate.seconds(sum(min(own, size) for size in waiting.values()))
         if wait_s > self._most_s:
             sentence = f"a body would wait for {wait_s:.1f} s, and may for {self._most_s:.1f} s"
             raise overloaded(sentence, wait_s - self._most_s)
-        self._bytes += size
-        try:
-            async with self._turn():
-                yield
-        finally:
-            self._bytes -= size
 
-    @asynccontextmanager
-    async def _turn(self) -> AsyncIterator[None]:
-        await self._free.acquire()
-        ended = False
-
-        def end() -> None:
-            nonlocal ended
-            if not ended:
-                ended = True
-                self._free.release()
-
-        timer = asyncio.get_running_loop().call_later(LONGEST_S, end)
+    @contextmanager
+    def _counted(self, body: LargeBody) -> Iterator[None]:
+        self._parsing[body.key] = self._parsing.get(body.key, 0) + body.received
         try:
             yield
         finally:
-            timer.cancel()
-            end()
-
-    def note(self, size: int, began: float) -> None:
-        """A body of so many bytes was parsed, which began then (time.monotonic())."""
-        self._rate.note(size, time.monotonic() - began)
+            self._parsing[body.key] -= body.received
+            if not self._parsing[body.key]:
+                del self._parsing[body.key]

@@ -1,16 +1,14 @@
 """The way of every inference request: tokenise, submit, wait, or notice that the client left."""
 
-import asyncio
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
 from adapters.errors import TrunklineError
 from server.answer_size import check_values, values_of
 from server.answers import Answered
-from server.connection import CLIENT, Client
 from server.engine.admission import Row
 from server.engine.errors import (
     BadInput,
@@ -23,6 +21,7 @@ from server.engine.job import Ask, Ids, Result
 from server.errors import RequestError
 from server.guard import caller_of, check_adapter
 from server.inputs import Cut, Most, encode_inputs
+from server.leaving import unless_client_leaves
 from server.locating import Place, located
 from server.logs import FACTS
 from server.named_path import reference_of
@@ -156,12 +155,12 @@ async def _run(request: Request, rows: list[Row], ask: Ask, deadline: float) -> 
     """The rows' results, on the key's account where there is one."""
     engine, caller = state_of(request).engine, caller_of(request)
     if caller is None:
-        return await _unless_client_leaves(request, engine.encode(rows, ask, deadline))
+        return await unless_client_leaves(request, engine.encode(rows, ask, deadline))
     tokens = sum(len(row.ids) for row in rows)
     caller.take_tokens(tokens)
     try:
         work = engine.encode(rows, ask, deadline, caller.key.id)
-        return await _unless_client_leaves(request, work)
+        return await unless_client_leaves(request, work)
     except DeadlineExceeded:
         raise  # they may have been run
     except TrunklineError:
@@ -174,41 +173,3 @@ def _check_count(rows: int, state: ServerState) -> None:
     if rows > limit:
         sentence = f"the request has {rows} rows; max_inputs is {limit}"
         raise TooManyInputs(sentence, limit=limit, setting="max_inputs")
-
-
-async def _unless_client_leaves(request: Request, work: Awaitable[list[Result]]) -> list[Result]:
-    """What `work` returns; cancelled, so that its rows are dropped, when the client has left."""
-    client: Client | None = request.scope.get(CLIENT)
-    if client is None:  # another server's connection than ours
-        return await _while_connected(request, work)
-    task = asyncio.current_task()
-    assert task is not None
-    client.left = task.cancel
-    if client.gone:
-        task.cancel()
-    try:
-        return await work
-    except asyncio.CancelledError:
-        if client.gone and task.uncancel() == 0:
-            raise ClientDisconnect from None
-        raise
-    finally:
-        client.left = None
-
-
-async def _while_connected(request: Request, work: Awaitable[list[Result]]) -> list[Result]:
-    task = asyncio.ensure_future(work)
-    watch = asyncio.ensure_future(_client_left(request))
-    try:
-        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnect
-        return task.result()
-    finally:
-        task.cancel()
-        watch.cancel()
-
-
-async def _client_left(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

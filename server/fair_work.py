@@ -1,0 +1,109 @@
+"""FairWork: long work in threads of its own, shared by API key first."""
+
+import asyncio
+import contextvars
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+from server.engine.admission import overloaded
+from server.engine.errors import Draining
+from server.engine.rate import DrainRate
+from server.key_lines import KeyLines
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class _Task:
+    """One piece of work that waits for a thread; its future is cancelled if nobody awaits it."""
+
+    work: Callable[[], Any]
+    future: asyncio.Future[Any]
+    cost: int
+
+
+class FairWork:
+    """Runs work in `threads` threads. Waiting work is dealt over the keys by its cost.
+
+    Every piece of work costs 1 unless its caller says otherwise, so that keys take turns. Work of
+    one key runs first in, first out. A key is an API key's id; "" stands for all anonymous
+    requests. The state belongs to the event loop: call every method there.
+    """
+
+    def __init__(self, threads: int, name: str, most_waiting: int) -> None:
+        self._pool = ThreadPoolExecutor(threads, name)
+        self._count, self._free = threads, threads
+        self._name, self._most_waiting = name, most_waiting
+        self._lines: KeyLines[_Task] = KeyLines()
+        self.rate = DrainRate()  # of cost
+
+    def waiting(self, key: str) -> int:
+        """The number of pieces of work of this key that have not begun."""
+        return len(self._lines.line(key))
+
+    def waiting_costs(self) -> dict[str, int]:
+        """The cost of what has not begun, by key."""
+        return self._lines.costs()
+
+    async def run(self, key: str, work: Callable[[], T], cost: int = 1) -> T:
+        """Returns what `work` returns, or raises what it raises; it sees the caller's contextvars.
+
+        Raises Overloaded if the key has `most_waiting` pieces of work waiting already. If the
+        awaiting task is cancelled, work that has not begun is dropped.
+        """
+        if self.waiting(key) >= self._most_waiting:
+            raise self._refusal(key)
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        task = _Task(partial(contextvars.copy_context().run, work), future, cost)
+        self._lines.add(key, task)
+        self._deal()
+        try:
+            return await future
+        except asyncio.CancelledError:
+            self._lines.drop(key, task)
+            raise
+
+    def close(self) -> None:
+        """Refuse what still waits, at the end of the application; what runs is left to end."""
+        for task in self._lines.clear():
+            if not task.future.done():
+                task.future.set_exception(Draining("the server is stopping", retry_after_s=5))
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _refusal(self, key: str) -> Exception:
+        """Its Retry-After is one round over the keys: after it, one piece of this key has begun."""
+        sentence = f"{self.waiting(key)} requests of this key wait for the {self._name} threads"
+        return overloaded(sentence, self.rate.seconds(self._lines.round_cost()))
+
+    def _deal(self) -> None:
+        while self._free and len(self._lines):
+            self._begin(self._lines.pop())
+
+    def _begin(self, task: _Task) -> None:
+        self._free -= 1
+        running = asyncio.get_running_loop().run_in_executor(self._pool, task.work)
+        running.add_done_callback(partial(self._done, task, time.monotonic()))
+
+    def _done(self, task: _Task, began: float, running: asyncio.Future[Any]) -> None:
+        self._free += 1
+        self.rate.note(task.cost, (time.monotonic() - began) / self._count)
+        _pass_on(running, task.future)
+        self._deal()
+
+
+def _pass_on(source: asyncio.Future[Any], target: asyncio.Future[Any]) -> None:
+    """The result or the error of `source`, unless nobody awaits `target` any more."""
+    if source.cancelled():
+        target.cancel()
+        return
+    error = source.exception()
+    if target.done():
+        return
+    if error is not None:
+        target.set_exception(error)
+    else:
+        target.set_result(source.result())

@@ -1,0 +1,75 @@
+"""KeyLines: what waits, in one line per API key; every key gets the same share of the work."""
+
+from collections import deque
+from typing import Generic, Protocol, TypeVar
+
+
+class Costs(Protocol):
+    @property
+    def cost(self) -> int: ...  # in any unit, the same for all: pieces of work, or bytes
+
+
+Item = TypeVar("Item", bound=Costs)
+
+
+class KeyLines(Generic[Item]):
+    """Start-time fair queueing (Goyal, Vin and Cheng 1996) over keys, first come first served
+    within a key.
+
+    Each key has a start tag: the cost served to it so far, and at least that of the item served
+    last. The key with the lowest tag is next. A key that was idle thus starts level with the
+    others: it waits for at most one item of each, and has saved up nothing.
+    """
+
+    def __init__(self) -> None:
+        self._lines: dict[str, deque[Item]] = {}
+        self._tags: dict[str, int] = {}
+        self._clock = 0  # start tag of the item served last
+
+    def __len__(self) -> int:
+        """The number of keys that have something waiting."""
+        return len(self._lines)
+
+    def line(self, key: str) -> "deque[Item] | tuple[()]":
+        return self._lines.get(key, ())
+
+    def add(self, key: str, item: Item) -> None:
+        if key not in self._lines:
+            self._lines[key] = deque()
+            self._tags[key] = max(self._clock, self._tags.get(key, 0))
+        self._lines[key].append(item)
+
+    def pop(self) -> Item:
+        """The next item; there must be one."""
+        key = min(self._lines, key=self._tags.__getitem__)
+        item = self._lines[key].popleft()
+        self._clock = self._tags[key]
+        self._tags[key] += item.cost
+        if not self._lines[key]:
+            del self._lines[key]
+        kept = self._tags.items()
+        self._tags = {k: tag for k, tag in kept if k in self._lines or tag > self._clock}
+        return item
+
+    def drop(self, key: str, item: Item) -> None:
+        """Take out an item that waits; nothing if it does not."""
+        line = self._lines.get(key)
+        if line is None or item not in line:
+            return
+        line.remove(item)
+        if not line:
+            del self._lines[key]
+
+    def clear(self) -> list[Item]:
+        """Take out all."""
+        items = [item for line in self._lines.values() for item in line]
+        self._lines.clear()
+        return items
+
+    def costs(self) -> dict[str, int]:
+        """What waits of each key, summed."""
+        return {key: sum(item.cost for item in line) for key, line in self._lines.items()}
+
+    def round_cost(self) -> int:
+        """The cost of the first item of every key."""
+        return sum(line[0].cost for line in self._lines.values())
