@@ -88,3 +88,9 @@ class InUse(TrunklineError):
     """Another process has the data folder."""
 
     code = "in_use"
+
+
+class RegistryLost(TrunklineError):
+    """The registry is missing, broken, or older than what the files beside it show."""
+
+    code = "registry_lost"

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from adapters.collector import Collector
 from adapters.conditions import UNCONDITIONAL, Condition
 from adapters.errors import (
     Damaged,
@@ -30,7 +31,9 @@ from adapters.leases import Lease, LeaseBook
 from adapters.listing import Wanted, page_by_count
 from adapters.names import check_name
 from adapters.probe import Probe
+from adapters.reconciliation import reconcile
 from adapters.registry import Registry
+from adapters.registry_file import demand_registry
 from adapters.seeds import Seed, Unusable, printable, seeds_in
 from adapters.slots import SlotPool
 from adapters.store import BlobStore, Incoming
@@ -81,10 +84,13 @@ class Library:
         self.backbone, self.encoder, self.max_rank = backbone, encoder, max_rank
         self._probe = Probe(encoder, TrunkHeads.of(backbone.tensors, encoder.device))
         self._lock_file = _lock(folder)
-        self.store = BlobStore(folder / "blobs", quota)
-        self.registry = Registry(folder / "registry.sqlite")
+        try:
+            self.store, self.registry = _open(folder, quota)
+        except BaseException:
+            os.close(self._lock_file)
+            raise
         self.leases = LeaseBook()
-        self._sweep()
+        self._collector = Collector(self.registry, self.store, self.leases.of_digest)
         self.slots = slots(self._read)
         self._housekeeper = ThreadPoolExecutor(1, "housekeeper")
         self._usage: dict[str, Usage] = {}
@@ -93,23 +99,36 @@ class Library:
         for digest in self.registry.pinned():
             self.slots.pin(digest)
             self.slots.want(digest, for_jobs=False)
-
-    def _sweep(self) -> None:
-        self.registry.forget_unused()
-        damaged = self.store.sweep(self.registry.blobs())
-        if damaged:
-            log.warning("%d adapter files are damaged or gone: %s", len(damaged), damaged)
-            self.registry.set_damaged(damaged)
+        for digest in self.registry.unused():
+            self._collect_soon(digest)  # deletes that a stop cut off
 
     def _read(self, digest: str) -> AdapterSet:
         try:
             return self.store.read(digest)
         except Damaged:
             try:
-                self.registry.set_damaged([digest])
+                self._put_away_if_damaged(digest)
             except (ReadOnly, StorageFull):
                 log.warning("%s is damaged, and the registry can't be told so", digest)
             raise
+
+    def _put_away_if_damaged(self, digest: str) -> None:
+        """Looks again within a transaction: an upload may have brought a sound file meanwhile."""
+        with self.registry.writing() as connection:
+            if self.store.is_damaged(digest):
+                self.registry.note_damage(connection, [digest], True)
+                self.store.quarantine(self.store.path(digest))
+
+    def verify(self, digest: str) -> str | None:
+        """What is wrong with the file of `digest`, hashed again, or None.
+
+        A sound file that the registry calls damaged is served again.
+        """
+        fault = self.store.verify(digest)
+        if fault is None and digest in self.registry.damaged():
+            self.registry.set_damaged([digest], False)
+            self.slots.forgive(digest)
+        return fault
 
     def close(self) -> None:
         self._housekeeper.shutdown()
@@ -192,13 +211,14 @@ class Library:
         try:
             with self.registry.writing() as connection:
                 self.registry.check_condition(upload.name, upload.condition)
-                blob = self.store.commit(incoming, self.registry.stored_bytes())
+                blob = self.store.publish(incoming, self.registry.stored_bytes())
                 number, is_new = self.registry.add(
                     connection, upload.name, blob, record, upload.who, upload.activate
                 )
                 version = self.registry.read(f"{upload.name}@{number}")
         except BaseException:
-            self._drop_if_unnamed(incoming.digest)
+            if incoming.is_published:
+                self._take_back(incoming)
             raise
         self.slots.forgive(blob.digest)
         if upload.activate and previous and self.slots.is_resident(previous):
@@ -228,18 +248,12 @@ class Library:
         current = self.registry.named(name).current
         return current.digest if current else None
 
-    def _drop_if_unnamed(self, digest: str) -> None:
-        """After a failure: no file stays that no version names.
-
-        Within a write transaction: another upload of the same bytes may commit its row in between,
-        and its acknowledged file must not go.
-        """
+    def _take_back(self, incoming: Incoming) -> None:
         try:
-            with self.registry.writing():
-                if not self.registry.has_blob(digest):
-                    self.store.delete(digest)
+            self._collector.take_back(incoming)
         except (ReadOnly, StorageFull):
-            log.warning("%s stays as an orphan until the next start", digest)
+            incoming.keep()
+            log.warning("%s stays in the store until the next start", incoming.digest)
 
     def remove(
         self, name: str, number: int | None, who: str, condition: Condition = UNCONDITIONAL
@@ -264,11 +278,9 @@ class Library:
     def _collect(self, digest: str) -> None:
         """Free slot and file of a digest that no live version names."""
         try:
-            with self.registry.writing() as connection:
-                if not self.registry.forget_blob(connection, digest):
-                    return
-                self.store.delete(digest)
-        except ReadOnly:
+            if not self._collector.collect(digest):
+                return
+        except (ReadOnly, StorageFull):
             log.warning("%s stays on the disk until the next start", digest)
         self.slots.evict(digest)
 
@@ -343,6 +355,20 @@ class Library:
                 self.publish(Upload(seed.name, who=f"file {file}"), incoming)
         finally:
             incoming.discard()
+
+
+def _open(folder: Path, quota: int) -> tuple[BlobStore, Registry]:
+    """Both, held against each other. Raises RegistryLost, StorageFull or ReadOnly."""
+    store = BlobStore(folder / "blobs", quota)
+    path = folder / "registry.sqlite"
+    demand_registry(path, store)
+    registry = Registry(path)
+    try:
+        reconcile(store, registry)
+    except BaseException:
+        registry.close()
+        raise
+    return store, registry
 
 
 def _lock(folder: Path) -> int:

@@ -7,7 +7,7 @@ A name is resolved by one read; everything behind it is keyed by digest.
 import json
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from adapters.conditions import UNCONDITIONAL, Condition
 from adapters.database import Database
 from adapters.errors import Damaged, NotFound, VersionNotFound
 from adapters.listing import Wanted, page_query
+from adapters.mark import Mark, mark_of
 from adapters.names import CURRENT, check_alias, check_name, parse_reference, what_is_missing
 from adapters.resolved import Resolved
 from adapters.store import Blob
@@ -27,25 +28,49 @@ SCHEMA = (Path(__file__).parent / "schema.sql").read_text("utf-8")
 _VERSION = """SELECT v.name, v.number, v.digest, b.bytes, v.created_at, b.record, b.damaged
     FROM versions v JOIN blobs b ON b.digest = v.digest WHERE v.deleted_at IS NULL"""
 
+_LIVE = "SELECT digest FROM versions WHERE deleted_at IS NULL"
+
 
 class Registry:
     """One file. Reads go through a connection of each thread's own, writes one at a time."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self._database = Database(path, SCHEMA)
         self._resolved = Resolved(self.read)
+        self.mark = Mark(mark_of(path), self.commits())
 
     def close(self) -> None:
         self._database.close()
+        self.mark.close()
 
     @contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
-        """One transaction, as Database.writing."""
+        """One transaction, as Database.writing; its commit is numbered, and the mark follows."""
+        number = 0
         try:
             with self._database.writing() as connection:
+                before = connection.total_changes
                 yield connection
+                if connection.total_changes != before:
+                    number = self._next_commit(connection)
         finally:
             self._resolved.forget()
+        self.mark.note(number)
+
+    def commits(self) -> int:
+        """How many transactions have changed this registry."""
+        number: int = self._rows("SELECT number FROM commits")[0][0]
+        return number
+
+    def _next_commit(self, connection: sqlite3.Connection) -> int:
+        connection.execute("UPDATE commits SET number = number + 1")
+        return self.commits()
+
+    def supersede(self) -> None:
+        """Commit nothing but a number: what a failed commit left in the log can't come back."""
+        with self.writing() as connection:
+            connection.execute("UPDATE commits SET number = number")
 
     # Reading.
 
@@ -136,7 +161,16 @@ class Registry:
         return total
 
     def pinned(self) -> list[str]:
-        return [row[0] for row in self._rows("SELECT digest FROM blobs WHERE pinned")]
+        query = f"SELECT digest FROM blobs WHERE pinned AND digest IN ({_LIVE})"
+        return [row[0] for row in self._rows(query)]
+
+    def damaged(self) -> set[str]:
+        return {row[0] for row in self._rows("SELECT digest FROM blobs WHERE damaged")}
+
+    def unused(self) -> list[str]:
+        """Digests that no live version names: deletes whose requests had not ended at the stop."""
+        query = f"SELECT digest FROM blobs WHERE digest NOT IN ({_LIVE})"
+        return [row[0] for row in self._rows(query)]
 
     def audit(self, name: str, limit: int = 100) -> list[dict[str, Any]]:
         """Who did what to a name, the latest first."""
@@ -204,7 +238,8 @@ class Registry:
         latest, last = self._latest(name)
         connection.execute(
             """INSERT INTO blobs (digest, bytes, mtime_ns, record) VALUES (?, ?, ?, ?)
-            ON CONFLICT (digest) DO UPDATE SET mtime_ns = excluded.mtime_ns, damaged = 0""",
+            ON CONFLICT (digest) DO UPDATE SET bytes = excluded.bytes, damaged = 0,
+            mtime_ns = excluded.mtime_ns, record = excluded.record""",
             (blob.digest, blob.bytes, blob.mtime_ns, record.to_json()),
         )
         for known in {self._current(name), None if activate else latest}:
@@ -285,14 +320,6 @@ class Registry:
             connection.execute("DELETE FROM blobs WHERE digest = ?", (digest,))
         return not live
 
-    def forget_unused(self) -> None:
-        """Drop every digest that no live version names: what a stop left of drains under way."""
-        with self.writing() as connection:
-            connection.execute(
-                """DELETE FROM blobs WHERE digest NOT IN
-                (SELECT digest FROM versions WHERE deleted_at IS NULL)"""
-            )
-
     def has_blob(self, digest: str) -> bool:
         return bool(self._rows("SELECT 1 FROM blobs WHERE digest = ?", digest))
 
@@ -303,11 +330,20 @@ class Registry:
             )
             self._log(connection, who, "pin" if pinned else "unpin", name, digest=digest)
 
-    def set_damaged(self, digests: Sequence[str]) -> None:
-        """Their versions answer Damaged until the same bytes are uploaded again."""
+    def set_damaged(self, digests: Iterable[str], damaged: bool = True) -> None:
+        """Versions of a damaged file answer Damaged until a sound one is found in its place."""
         with self.writing() as connection:
-            for digest in digests:
-                connection.execute("UPDATE blobs SET damaged = 1 WHERE digest = ?", (digest,))
+            self.note_damage(connection, digests, damaged)
+
+    def note_damage(
+        self, connection: sqlite3.Connection, digests: Iterable[str], damaged: bool
+    ) -> None:
+        """`set_damaged` within `writing`."""
+        for digest in digests:
+            connection.execute(
+                "UPDATE blobs SET damaged = ?1 WHERE digest = ?2 AND damaged != ?1",
+                (int(damaged), digest),
+            )
 
     def _current(self, name: str) -> int | None:
         return self._pointer(name, CURRENT).number

@@ -38,3 +38,11 @@ CREATE TABLE IF NOT EXISTS audit (
     name   TEXT NOT NULL,
     detail TEXT NOT NULL                    -- JSON
 );
+
+-- How many transactions have changed the registry: registry.mark has the last acknowledged one.
+CREATE TABLE IF NOT EXISTS commits (
+    one    INTEGER PRIMARY KEY CHECK (one = 1),
+    number INTEGER NOT NULL
+);
+
+INSERT OR IGNORE INTO commits (one, number) VALUES (1, 0);

@@ -2,18 +2,24 @@
 
 import errno
 import hashlib
+import logging
 import os
+import shutil
 import stat
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from adapters.errors import Damaged, Invalid, ReadOnly, StorageFull, Unreadable
 from adapters.format import AdapterSet, read_adapter
+from adapters.soundness import fault_of
+
+log = logging.getLogger("trunkline.store")
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EINVAL}
 
 
 @contextmanager
@@ -42,6 +48,8 @@ class Incoming:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.bytes = 0
+        self.is_published = False  # it may have a name in the store: `BlobStore.publish`
+        self._kept = False
         self._sha = hashlib.sha256()
         with storage_errors():
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -61,28 +69,27 @@ class Incoming:
         return f"sha256:{self._sha.hexdigest()}"
 
     def sync(self) -> None:
-        """Have the bytes on the disk. Raises StorageFull or ReadOnly."""
+        """Have the bytes and the name on the disk. Raises StorageFull or ReadOnly."""
         with storage_errors():
             os.fsync(self._file)
+            sync_folder(self.path.parent)
+
+    def keep(self) -> None:
+        """Have `discard` leave the file: its twin in the store is thus known as unacknowledged."""
+        self._kept = True
 
     def discard(self) -> None:
-        """Close it and take it away; nothing where it was stored.
+        """Close it and remove its name; what was stored has another.
 
-        On a disk that refuses even that, it is left to the sweep of the next start.
+        On a disk that refuses even that, it is left to the next start.
         """
         if self._file >= 0:
             file, self._file = self._file, -1
             with suppress(OSError):
                 os.close(file)
-            with suppress(OSError):
-                self.path.unlink(missing_ok=True)
-
-    def _hand_over(self) -> Blob:
-        with storage_errors():
-            mtime_ns = os.fstat(self._file).st_mtime_ns
-            os.close(self._file)
-        self._file = -1
-        return Blob(self.digest, self.bytes, mtime_ns)
+            if not self._kept:
+                with suppress(OSError):
+                    self.path.unlink(missing_ok=True)
 
 
 class BlobStore:
@@ -103,27 +110,35 @@ class BlobStore:
         """Raises StorageFull or ReadOnly."""
         return Incoming(self.incoming_folder / uuid.uuid4().hex)
 
-    def commit(self, incoming: Incoming, used_bytes: int) -> Blob:
-        """Publish a synced upload under its digest; `used_bytes` are those stored already.
+    def entries(self) -> Iterator[Path]:
+        """All that is in the folder of published files. Raises OSError."""
+        own = (self.incoming_folder, self.quarantine_folder)
+        return (entry for entry in self.folder.iterdir() if entry not in own)
 
-        Raises StorageFull beyond the quota, or as the disk says; the upload is still there then.
+    def publish(self, incoming: Incoming, used_bytes: int) -> Blob:
+        """Give a synced upload its name in the store; `used_bytes` are those stored already.
+
+        Within a write transaction of the registry. The upload keeps its name in `incoming/` until
+        it is discarded, after the commit: a file in the store that no row names is known by it as
+        an upload that was not acknowledged. A sound file of this digest stays, an unsound one is
+        put away. Raises StorageFull beyond the quota, StorageFull or ReadOnly as the disk says.
         """
         path = self.path(incoming.digest)
-        was_there = path.exists()
-        if self.quota and not was_there and used_bytes + incoming.bytes > self.quota:
-            raise StorageFull(f"the store may hold {self.quota} bytes and has {used_bytes}")
-        try:
-            with storage_errors():
-                os.replace(incoming.path, path)
-                _sync_folder(self.folder)
-        except (StorageFull, ReadOnly):
+        with storage_errors():
+            was_there = os.path.lexists(path)
+            if self.quota and not was_there and used_bytes + incoming.bytes > self.quota:
+                raise StorageFull(f"the store may hold {self.quota} bytes and has {used_bytes}")
+            if was_there and fault_of(path, incoming.digest) is not None:
+                self._put_away(path)
+                was_there = False
             if not was_there:
-                path.unlink(missing_ok=True)
-            raise
-        return incoming._hand_over()
+                incoming.is_published = True
+                _link(incoming.path, path)
+            sync_folder(self.folder)
+            return Blob(incoming.digest, incoming.bytes, path.lstat().st_mtime_ns)
 
     def read(self, digest: str) -> AdapterSet:
-        """The adapter, its bytes hashed again. Raises Damaged, and then has put it away."""
+        """The adapter, its bytes hashed again. Raises Damaged."""
         path = self.path(digest)
         try:
             if not _is_plain_file(path):
@@ -133,8 +148,7 @@ class BlobStore:
                 raise Damaged(f"the file of {digest} was changed")
         except FileNotFoundError as error:
             raise Damaged(f"the file of {digest} is gone") from error
-        except (Damaged, Invalid) as error:
-            self.quarantine(path)
+        except Invalid as error:
             raise Damaged(error.message) from error
         except OSError as error:
             raise Damaged(f"the file of {digest} can't be read: {error.strerror}") from error
@@ -155,74 +169,68 @@ class BlobStore:
 
     def verify(self, digest: str) -> str | None:
         """What is wrong with the file of `digest`, or None. Changes nothing."""
-        path = self.path(digest)
         try:
-            if not _is_plain_file(path):
-                return "not a plain file"
-            return None if _hash(path) == digest else "its bytes are not those of its digest"
+            return fault_of(self.path(digest), digest)
         except OSError as error:
             return f"can't be read: {error.strerror}"
 
-    def delete(self, digest: str) -> None:
-        """Raises ReadOnly where the disk takes no writes."""
+    def is_damaged(self, digest: str) -> bool:
+        """Whether its file is gone or of other bytes: False where it can't be read now."""
+        try:
+            return fault_of(self.path(digest), digest) is not None
+        except OSError:
+            return False
+
+    def unlink(self, digest: str) -> None:
+        """Only for `adapters/collector.py`. Raises ReadOnly where the disk takes no writes."""
         with storage_errors():
             self.path(digest).unlink(missing_ok=True)
-            _sync_folder(self.folder)
+            sync_folder(self.folder)
 
-    def quarantine(self, path: Path) -> None:
-        """Out of the way, for a person to look at; on a disk without writes it stays."""
-        target = self.quarantine_folder / f"{path.name}.{uuid.uuid4().hex[:8]}"
+    def quarantine(self, path: Path) -> bool:
+        """Move it out of the way, for a person to look at; False on a disk that takes no writes."""
         try:
-            os.replace(path, target)
+            self._put_away(path)
         except OSError:
-            return
+            return False
+        return True
 
-    def sweep(self, known: Mapping[str, Blob]) -> list[str]:
-        """At start: drop what no version names, put away what is damaged or linked.
+    def _put_away(self, path: Path) -> None:
+        os.replace(path, self.quarantine_folder / f"{path.name[:64]}.{uuid.uuid4().hex[:8]}")
 
-        `known` is by digest. A file is hashed where its size or time of change are not those it
-        was stored with. Returns the known digests that have no sound file.
-        """
-        with storage_errors():
-            for entry in self.incoming_folder.iterdir():
-                entry.unlink()
-            sound = set()
-            for entry in self.folder.iterdir():
-                if entry in (self.incoming_folder, self.quarantine_folder):
-                    continue
-                blob = known.get(f"sha256:{entry.name}")
-                if blob is None:
-                    self._drop(entry)
-                elif self._is_damaged(entry, blob):
-                    self.quarantine(entry)
+    def clear_incoming(self) -> None:
+        """At start: remove the uploads that a stop cut off; what is no file is put away."""
+        for entry in self.incoming_folder.iterdir():
+            try:
+                if entry.is_dir() and not entry.is_symlink():
+                    self._put_away(entry)
                 else:
-                    sound.add(blob.digest)
-        return sorted(set(known) - sound)
+                    entry.unlink()
+            except OSError as error:
+                log.warning("%s stays: %s", entry, error.strerror)
 
-    def _drop(self, entry: Path) -> None:
-        """An orphan: a file of a digest that nothing names is deleted, anything else put away."""
-        if _is_plain_file(entry) and len(entry.name) == 64:
-            entry.unlink()
-        else:
-            self.quarantine(entry)
 
-    def _is_damaged(self, entry: Path, blob: Blob) -> bool:
-        status = entry.lstat()
-        if not stat.S_ISREG(status.st_mode) or status.st_size != blob.bytes:
-            return True
-        return status.st_mtime_ns != blob.mtime_ns and _hash(entry) != blob.digest
+def _link(source: Path, target: Path) -> None:
+    """A second name of a file; where the file system has no such thing, a copy. Raises OSError."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        copy = source.with_suffix(".copy")
+        with source.open("rb") as read, copy.open("wb") as written:
+            shutil.copyfileobj(read, written)
+            written.flush()
+            os.fsync(written.fileno())
+        os.rename(copy, target)
 
 
 def _is_plain_file(path: Path) -> bool:
     return stat.S_ISREG(path.lstat().st_mode)
 
 
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
-
-
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Have the folder's names on the disk. Raises OSError."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

@@ -80,7 +80,7 @@ async def verify(request: Request, name: str) -> Response:
     check_name(name)
     named = await asyncio.to_thread(library.registry.named, name)
     faults = {
-        str(version.number): await asyncio.to_thread(library.store.verify, version.digest)
+        str(version.number): await asyncio.to_thread(library.verify, version.digest)
         for version in named.versions
     }
     return JSONAnswer({"name": name, "sound": not any(faults.values()), "versions": faults})

@@ -288,8 +288,7 @@ class LibraryStates(RuleBasedStateMachine):
         held = {version.digest for version in self.held.values()}
         for digest in live | held:
             assert self.library.store.verify(digest) is None
-        on_disk = {f"sha256:{path.name}" for path in self.library.store.folder.iterdir()}
-        on_disk -= {"sha256:incoming", "sha256:quarantine"}
+        on_disk = {f"sha256:{path.name}" for path in self.library.store.entries()}
         assert on_disk <= live | held
 
     @invariant()

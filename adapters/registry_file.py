@@ -1,0 +1,170 @@
+"""The registry's file before it is opened: whether it is there, whole, and not older than its mark.
+
+Opening a broken database for writing may remove what could still be read of it, so this reads only.
+"""
+
+import os
+import sqlite3
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from adapters.errors import RegistryLost
+from adapters.inventory import Unnamed, unnamed_files
+from adapters.mark import mark_of, read_mark
+from adapters.store import BlobStore
+from adapters.versions import parse_record
+
+MAGIC = b"SQLite format 3\0"
+TABLES = {"blobs", "versions", "pointers", "audit"}
+
+
+@dataclass
+class RegistryState:
+    """What was found of a registry's file."""
+
+    exists: bool = False  # with more than no bytes, or with a log of changes beside it
+    fault: str | None = None  # why it can't be used
+    commits: int = 0
+    mark: int | None = None  # the last acknowledged commit; None: an older data folder, or lost
+    digests: set[str] | None = None  # of its files; None: not read
+
+    @property
+    def missing_commits(self) -> int:
+        return max(0, (self.mark or 0) - self.commits)
+
+
+def inspect_registry(path: Path) -> RegistryState:
+    """What can be known without a change of any file. Raises nothing for what it finds."""
+    state = RegistryState()
+    try:
+        state.mark = read_mark(mark_of(path))
+        state.exists = _has_bytes(path)
+        log_exists = _has_bytes(path.with_name(f"{path.name}-wal"))
+        if not state.exists and log_exists:
+            state.fault = "is missing or empty, with a log of changes beside it"
+        elif state.exists:
+            state.fault = _fault_of(path, state)
+    except OSError as error:
+        state.exists = True
+        state.fault = f"can't be read: {os.strerror(error.errno or 0)}"
+    return state
+
+
+def _has_bytes(path: Path) -> bool:
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(21, "Is a directory")
+        return path.stat().st_size > 0
+    except FileNotFoundError:
+        return False
+
+
+def _fault_of(path: Path, state: RegistryState) -> str | None:
+    with path.open("rb") as file:
+        if file.read(len(MAGIC)) != MAGIC:
+            return "is not an SQLite database"
+    try:
+        with closing(read_only(path)) as connection:
+            return _broken(connection, state)
+    except sqlite3.DatabaseError as error:
+        if is_refusal_of_the_disk(error):
+            return None if _takes_no_writes(path) else f"can't be opened: {error}"
+        return f"is broken: {error}"
+
+
+def read_only(path: Path) -> sqlite3.Connection:
+    """A connection that changes nothing, the log of changes neither."""
+    uri = f"{path.absolute().as_uri()}?mode=ro"
+    return sqlite3.connect(uri, uri=True, isolation_level=None, timeout=30)
+
+
+def is_refusal_of_the_disk(error: sqlite3.DatabaseError) -> bool:
+    """Whether the file can't be opened here, which says nothing about its content."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    return code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM)
+
+
+def _takes_no_writes(path: Path) -> bool:
+    return not os.access(path.parent, os.W_OK)
+
+
+def _broken(connection: sqlite3.Connection, state: RegistryState) -> str | None:
+    rows = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+    tables = {name for (name,) in rows}
+    if not tables:
+        state.exists = False
+        return None
+    if not tables >= TABLES:
+        return "is a database of something else"
+    found = connection.execute("PRAGMA integrity_check(1)").fetchone()[0]
+    if found != "ok":
+        return f"is broken: {found.splitlines()[-1]}"
+    state.digests = {digest for (digest,) in connection.execute("SELECT digest FROM blobs")}
+    if "commits" in tables:
+        row = connection.execute("SELECT number FROM commits").fetchone()
+        state.commits = row[0] if row else 0
+    return _unreadable_rows(connection)
+
+
+def _unreadable_rows(connection: sqlite3.Connection) -> str | None:
+    lost = connection.execute(
+        """SELECT count(*) FROM versions v LEFT JOIN blobs b ON b.digest = v.digest
+        WHERE v.deleted_at IS NULL AND b.digest IS NULL"""
+    ).fetchone()[0]
+    if lost:
+        return f"is broken: {lost} versions have lost the row of their file"
+    records = (record for (record,) in connection.execute("SELECT record FROM blobs"))
+    unreadable = sum(not _is_record(record) for record in records)
+    return f"is broken: {unreadable} of its records can't be read" if unreadable else None
+
+
+def _is_record(text: object) -> bool:
+    try:
+        parse_record(str(text))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return False
+    return True
+
+
+def demand_registry(path: Path, store: BlobStore) -> None:
+    """Raises RegistryLost unless the file can be served from, or begun in an empty folder."""
+    state = inspect_registry(path)
+    fault = state.fault
+    if fault is None and not state.exists:
+        fault = _traces_beside(path, state, unnamed_files(store, ()))
+    if fault is None and state.missing_commits:
+        fault = (
+            f"is older than what was acknowledged: it has {state.commits} commits, "
+            f"{mark_of(path).name} has {state.mark}"
+        )
+    if fault is not None:
+        raise registry_lost(path, fault)
+    if state.digests is not None:
+        demand_no_unknown(path, unnamed_files(store, state.digests))
+
+
+def _traces_beside(path: Path, state: RegistryState, files: Unnamed) -> str | None:
+    """Why a registry that is missing or empty must have been there."""
+    if files.unknown:
+        return f"is missing or empty, but there are {len(files.unknown)} adapter files beside it"
+    if state.mark:
+        return f"is missing or empty, but {mark_of(path).name} has {state.mark} commits"
+    return None
+
+
+def demand_no_unknown(path: Path, files: Unnamed) -> None:
+    """Raises RegistryLost for files that a whole registry would know."""
+    if files.unknown:
+        count = len(files.unknown)
+        which = f"{count} adapter files" if count > 1 else "an adapter file"
+        raise registry_lost(path, f"has no row for {which} beside it, as {files.unknown[0]}")
+
+
+def registry_lost(path: Path, fault: str) -> RegistryLost:
+    """The sentence for it, with both ways out."""
+    return RegistryLost(
+        f"the registry {path} {fault}; nothing was changed: `trunkline restore BACKUP` puts the "
+        "registry, the files and the keys of a backup in its place, and `trunkline recover "
+        f"{path.parent}` shows what is left and can go on without one"
+    )
