@@ -135,9 +135,6 @@ class Registry:
         total: int = self._rows("SELECT coalesce(sum(bytes), 0) FROM blobs")[0][0]
         return total
 
-    def pinned(self) -> list[str]:
-        return [row[0] for row in self._rows("SELECT digest FROM blobs WHERE pinned")]
-
     def audit(self, name: str, limit: int = 100) -> list[dict[str, Any]]:
         """Who did what to a name, the latest first."""
         rows = self._rows(
@@ -296,13 +293,6 @@ class Registry:
     def has_blob(self, digest: str) -> bool:
         return bool(self._rows("SELECT 1 FROM blobs WHERE digest = ?", digest))
 
-    def set_pinned(self, digest: str, pinned: bool, name: str, who: str) -> None:
-        with self.writing() as connection:
-            connection.execute(
-                "UPDATE blobs SET pinned = ? WHERE digest = ?", (int(pinned), digest)
-            )
-            self._log(connection, who, "pin" if pinned else "unpin", name, digest=digest)
-
     def set_damaged(self, digests: Sequence[str]) -> None:
         """Their versions answer Damaged until the same bytes are uploaded again."""
         with self.writing() as connection:
@@ -349,3 +339,6 @@ class Registry:
             "INSERT INTO audit (at, who, action, name, detail) VALUES (?, ?, ?, ?, ?)",
             (time.time(), who, action, name, json.dumps(detail)),
         )
+
+    # For tables that are kept elsewhere: adapters/pin_table.py.
+    rows, note = _rows, _log
