@@ -70,10 +70,22 @@ class AdapterSet:
 
 def parse_header(file: bytes | bytearray) -> Header:
     """The header of a whole file in memory. Raises Invalid; makes no tensor."""
-    length = header_length(file)
-    if length > len(file) - 8:
+    return _parse_header(file, len(file))
+
+
+def read_header(path: Path) -> Header:
+    """The header of a file on disk, and no more of it. Raises Invalid, OSError as open() does."""
+    with path.open("rb") as file:
+        first = file.read(9)
+        return _parse_header(first + file.read(header_length(first) - 1), path.stat().st_size)
+
+
+def _parse_header(first: bytes | bytearray, size: int) -> Header:
+    """Of a file of `size` bytes, from its first ones: all of the header at least."""
+    length = header_length(first)
+    if length > size - 8:
         raise Invalid("truncated", "the header is said to be longer than the file")
-    fields = _parse_json(bytes(file[8 : 8 + length]))
+    fields = _parse_json(bytes(first[8 : 8 + length]))
     metadata = _parse_metadata(fields.pop("__metadata__", {}))
     if not fields:
         raise Invalid("no_tensors", "the file has no tensors")
@@ -82,7 +94,7 @@ def parse_header(file: bytes | bytearray) -> Header:
             "too_many_tensors", f"the file has {len(fields)} tensors, more than {MAX_TENSORS}"
         )
     tensors = {name: _parse_entry(entry) for name, entry in fields.items()}
-    _check_ranges(tensors, len(file) - 8 - length)
+    _check_ranges(tensors, size - 8 - length)
     return Header(tensors, metadata, 8 + length)
 
 

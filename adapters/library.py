@@ -34,6 +34,7 @@ from adapters.probe import Probe
 from adapters.reconciliation import reconcile
 from adapters.registry import Registry
 from adapters.registry_file import demand_registry
+from adapters.residency import Residency, use_of
 from adapters.seeds import Seed, Unusable, printable, seeds_in
 from adapters.slots import SlotPool
 from adapters.store import BlobStore, Incoming
@@ -96,11 +97,9 @@ class Library:
         self._usage: dict[str, Usage] = {}
         self._usage_lock = threading.Lock()
         self.unusable: list[Unusable] = []  # files that seed() could not publish
-        for digest in self.registry.pinned():
-            self.slots.pin(digest)
-            self.slots.want(digest, for_jobs=False)
         for digest in self.registry.unused():
             self._collect_soon(digest)  # deletes that a stop cut off
+        self.residency = Residency(self.registry, self.store, self.slots, self.leases)
 
     def _read(self, digest: str) -> AdapterSet:
         try:
@@ -147,20 +146,9 @@ class Library:
 
         Its load, on the account of the API key, begins where it is not resident.
         """
-        while True:
-            version = self.registry.resolve(reference)
-            lease = self.leases.take(version.name, version.digest)
-            try:
-                # A delete looks at the leases after its commit: what resolves still, with the
-                # lease taken, stays until the lease is released.
-                if self.registry.resolve(reference) == version:
-                    self.slots.want(version.digest, key=key)
-                    self._count(version.name)
-                    return version, lease
-            except BaseException:
-                lease.release()
-                raise
-            lease.release()
+        version, lease = self.residency.lease(reference, key)
+        self._count(version.name)
+        return version, lease
 
     def _count(self, name: str) -> None:
         with self._usage_lock:
@@ -221,8 +209,8 @@ class Library:
                 self._take_back(incoming)
             raise
         self.slots.forgive(blob.digest)
-        if upload.activate and previous and self.slots.is_resident(previous):
-            self.slots.want(blob.digest, for_jobs=False)  # so that a swap costs no request a load
+        if upload.activate and previous:  # so that a swap costs no request a load
+            self.slots.succeed(previous, blob.digest, use_of(version))
         return version, is_new
 
     def _examine(self, upload: Upload, adapter: AdapterSet) -> Record:
@@ -262,11 +250,10 @@ class Library:
 
         Its memory and its file are freed when the last of them is answered.
         """
-        digests = {version.digest for version in self.registry.remove(name, number, who, condition)}
-        in_flight = sum(
+        removed = self.registry.remove(name, number, who, condition)
+        in_flight = self.residency.forget(removed)
+        for digest in {version.digest for version in removed}:
             self.leases.when_drained(digest, partial(self._collect_soon, digest))
-            for digest in digests
-        )
         if not in_flight:
             self._housekeeper.submit(lambda: None).result()  # it has collected what was before
         return in_flight
@@ -284,43 +271,21 @@ class Library:
             log.warning("%s stays on the disk until the next start", digest)
         self.slots.evict(digest)
 
-    def load(self, reference: str, timeout_s: float) -> tuple[Version, bool]:
-        """Bring a version into the slots and wait for it; False where the time is over."""
-        version = self.registry.resolve(reference)
-        return version, self.slots.load_now(version.digest, timeout_s)
+    def load(self, reference: str, timeout_s: float, key: str = "") -> tuple[Version, bool]:
+        """As Residency.load."""
+        return self.residency.load(reference, timeout_s, key)
 
     def unload(self, reference: str, who: str) -> tuple[Version, int]:
-        """Take a version out of the slots when the requests of now are answered; how many.
+        """As Residency.unload."""
+        return self.residency.unload(reference, who)
 
-        A pin goes with it. Later requests load it again.
-        """
-        version = self.registry.resolve(reference)
-        if self.slots.is_pinned(version.digest):
-            self.registry.set_pinned(version.digest, False, version.name, who)
-            self.slots.unpin(version.digest)
-        # Whoever pins it before those requests are answered wants it to stay.
-        evict = partial(self.slots.evict, version.digest, spare_pinned=True)
-        return version, self.leases.when_drained(version.digest, evict)
-
-    def pin(self, reference: str, who: str) -> Version:
-        """Load it and keep it in the slots, after a restart too. Raises PoolFull."""
-        version = self.registry.resolve(reference)
-        was_pinned = self.slots.is_pinned(version.digest)
-        self.slots.pin(version.digest)
-        try:
-            self.registry.set_pinned(version.digest, True, version.name, who)
-        except TrunklineError:
-            if not was_pinned:
-                self.slots.unpin(version.digest)
-            raise
-        self.slots.want(version.digest, for_jobs=False)
-        return version
+    def pin(self, reference: str, who: str, key: str = "") -> Version:
+        """As Residency.pin."""
+        return self.residency.pin(reference, who, key)
 
     def unpin(self, reference: str, who: str) -> Version:
-        version = self.registry.resolve(reference)
-        self.registry.set_pinned(version.digest, False, version.name, who)
-        self.slots.unpin(version.digest)
-        return version
+        """As Residency.unpin."""
+        return self.residency.unpin(reference, who)
 
     def seed(self, folder: Path) -> None:
         """Publish the files of a folder, under their paths in it, that were never published.

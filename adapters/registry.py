@@ -160,10 +160,6 @@ class Registry:
         total: int = self._rows("SELECT coalesce(sum(bytes), 0) FROM blobs")[0][0]
         return total
 
-    def pinned(self) -> list[str]:
-        query = f"SELECT digest FROM blobs WHERE pinned AND digest IN ({_LIVE})"
-        return [row[0] for row in self._rows(query)]
-
     def damaged(self) -> set[str]:
         return {row[0] for row in self._rows("SELECT digest FROM blobs WHERE damaged")}
 
@@ -323,13 +319,6 @@ class Registry:
     def has_blob(self, digest: str) -> bool:
         return bool(self._rows("SELECT 1 FROM blobs WHERE digest = ?", digest))
 
-    def set_pinned(self, digest: str, pinned: bool, name: str, who: str) -> None:
-        with self.writing() as connection:
-            connection.execute(
-                "UPDATE blobs SET pinned = ? WHERE digest = ?", (int(pinned), digest)
-            )
-            self._log(connection, who, "pin" if pinned else "unpin", name, digest=digest)
-
     def set_damaged(self, digests: Iterable[str], damaged: bool = True) -> None:
         """Versions of a damaged file answer Damaged until a sound one is found in its place."""
         with self.writing() as connection:
@@ -385,3 +374,6 @@ class Registry:
             "INSERT INTO audit (at, who, action, name, detail) VALUES (?, ?, ?, ?, ?)",
             (time.time(), who, action, name, json.dumps(detail)),
         )
+
+    # For tables that are kept elsewhere: adapters/pin_table.py.
+    rows, note = _rows, _log

@@ -1,43 +1,40 @@
 """SlotPool: which adapters are resident, within a bound; loading ahead, eviction, pins.
 
 A slot is an extent of the arena as long as its adapter needs. The device thread holds slots while
-a batch runs; the loader thread fills new ones meanwhile, and never writes to a held one.
+a batch runs; the loader thread fills new ones meanwhile, and never writes to a held one. Loads are
+dealt round robin over API keys (load_queue.py), and evictions are charged to the key that holds
+the most (holdings.py).
 """
 
 import logging
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 import torch
 
-from adapters.arena import Arena, Extent
+from adapters.arena import Extent
 from adapters.errors import Invalid, PoolFull, TrunklineError
 from adapters.format import AdapterSet
 from adapters.host_tier import HostTier
-from adapters.weights import Cursor, placed_bytes, weights_of
+from adapters.load_failures import LoadFailures
+from adapters.load_queue import Load, LoadQueue
+from adapters.slot import Slot, Use
+from adapters.slot_filler import SlotFiller, Source
+from adapters.slot_table import SlotTable
+from adapters.weights import placed_bytes
 from model.config import GPTConfig
-from model.lora import AdapterWeights
+
+__all__ = ["PoolStats", "Slot", "SlotPool"]
 
 log = logging.getLogger("trunkline.slots")
 
-# A slot loaded for waiting jobs is not evicted for so long, so that two cold adapters can't evict
-# each other for ever before either is served.
+# A slot that was loaded for waiting jobs is not evicted for this long by loads of its own key, so
+# that two cold adapters can't evict each other for ever before either is served.
 FRESH_S = 1.0
-# What failed to load is tried again for requests that come later than this.
-FAILURE_S = 1.0
-
-
-@dataclass(eq=False)
-class Slot:
-    digest: str
-    extent: Extent
-    weights: AdapterWeights
-    fresh_until: float  # time.monotonic()
-    holds: int = 0  # batches that use it now: at most the one on the device
-    leaving: bool = False  # to be freed when the last hold ends; not found by its digest any more
+# How often a load that found no room looks for it again, besides whenever a hold ends.
+ROOM_CHECK_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -71,20 +68,18 @@ class SlotPool:
         host_tier: HostTier | None = None,
         debug: bool = False,
     ) -> None:
-        self.config, self.dtype, self.device = config, dtype, device
-        self.max_slots, self._read, self._host_tier = max_slots, read, host_tier
+        self.dtype, self.device, self.max_slots = dtype, device, max_slots
+        self._filler = SlotFiller(config, dtype, read, host_tier)
         self.changed: Callable[[], None] = lambda: None  # the engine's, once there is one
         self.loaded: Callable[[float], None] = lambda seconds: None
-        self._arena = Arena(capacity_bytes, device, poison=debug)
-        self._slots: OrderedDict[str, Slot] = OrderedDict()  # least recently used first
-        self._leaving: set[Slot] = set()
-        self._pinned: set[str] = set()
-        self._failed: dict[str, tuple[float, TrunklineError]] = {}
-        self._wanted: OrderedDict[str, bool] = OrderedDict()  # digest -> for waiting jobs
-        self._loading: str | None = None
+        self.users: Callable[[str], Collection[Use]] = lambda digest: ()  # who has leases on it
+        self._table = SlotTable(capacity_bytes, max_slots, device, debug)
+        self._failed = LoadFailures()
+        self._wanted = LoadQueue()
+        self._loading: Load | None = None
         self._cond = threading.Condition()
         self._closed = False
-        self._loads = self._evictions = 0
+        self._loads = 0
         self._loader = threading.Thread(target=self._load_wanted, name="loader", daemon=True)
         self._loader.start()
 
@@ -96,124 +91,159 @@ class SlotPool:
         Raises the TrunklineError of a load that failed.
         """
         with self._cond:
-            slot = self._slots.get(digest)
+            slot = self._table.slots.get(digest)
             if slot is None:
-                self._want(digest, True, key)
+                self._want(digest, True, key, ())
                 return None
             slot.holds += 1
             slot.fresh_until = 0.0
-            self._slots.move_to_end(digest)
+            self._table.use(slot, (key,))
             return slot
 
     def let_go(self, slots: Iterable[Slot]) -> None:
         """End one hold on each."""
         with self._cond:
             for slot in slots:
-                assert slot.holds > 0, f"{slot.digest} was let go without a hold"
-                slot.holds -= 1
-                if slot.leaving and not slot.holds:
-                    self._leaving.discard(slot)
-                    self._arena.free(slot.extent)
+                self._table.let_go(slot)
             self._cond.notify_all()
 
     # What requests and administrators do.
 
-    def want(self, digest: str, for_jobs: bool = True, key: str = "") -> None:
-        """Have it loaded soon, once for any number of calls; at once nothing where it is there.
+    def want(
+        self, digest: str, for_jobs: bool = True, key: str = "", use: Use | None = None
+    ) -> None:
+        """Have the digest loaded soon, on the account of an API key; once for any number of calls.
 
-        Raises the TrunklineError of a load that failed within FAILURE_S.
+        `use` is the version that it is loaded for. Raises the TrunklineError of a load that failed
+        within FAILURE_S, and PoolFull for too many loads ahead of one key.
         """
         with self._cond:
-            if digest not in self._slots:
-                self._want(digest, for_jobs, key)
+            self._want(digest, for_jobs, key, () if use is None else (use,))
 
-    def _want(self, digest: str, for_jobs: bool, key: str) -> None:
-        failed = self._failed.get(digest)
-        if failed is not None:
-            if time.monotonic() - failed[0] < FAILURE_S:
-                raise failed[1]
-            del self._failed[digest]
-        if digest != self._loading:
-            self._wanted[digest] = self._wanted.get(digest, False) or for_jobs
+    def _want(self, digest: str, for_jobs: bool, key: str, uses: Collection[Use]) -> None:
+        slot = self._table.slots.get(digest)
+        if slot is not None:
+            slot.uses.add(uses)
+            return
+        self._failed.check(digest)
+        if self._loading is not None and self._loading.digest == digest:
+            self._loading.join(for_jobs, key, uses)
+        else:
+            self._wanted.add(digest, for_jobs, key, uses)
             self._cond.notify_all()
 
-    def load_now(self, digest: str, timeout_s: float, key: str = "") -> bool:
+    def load_now(
+        self, digest: str, timeout_s: float, key: str = "", use: Use | None = None
+    ) -> bool:
         """Wait until it is resident; False where the time is over. Raises as `want` does."""
         deadline = time.monotonic() + timeout_s
+        uses = () if use is None else (use,)
         with self._cond:
-            while digest not in self._slots:
-                self._want(digest, False, key)
+            while digest not in self._table.slots:
+                self._want(digest, False, key, uses)
                 if not self._cond.wait(deadline - time.monotonic()):
                     return False
+            self._want(digest, False, key, uses)
         return True
 
-    def evict(self, digest: str, spare_pinned: bool = False) -> bool:
-        """Free its slot, at once or when the batch under way ends; False where it has none.
+    def load_pinned(self, pins: Collection[tuple[str, str, Use]]) -> None:
+        """Load the pinned ones of the start, (digest, key, version) each, ahead of requests."""
+        with self._cond:
+            for digest, key, use in pins:
+                self._wanted.add(digest, False, key, (use,), most_preloads=len(pins))
+            self._cond.notify_all()
 
-        With `spare_pinned` a pinned one stays as it is.
+    def succeed(self, previous: str, digest: str, use: Use) -> None:
+        """Load a version of a name ahead where an earlier version of that name is in use.
+
+        On the account of the key that used the earlier one last. Does nothing where the key has
+        too many loads waiting, or where the load failed before.
         """
         with self._cond:
-            if spare_pinned and digest in self._pinned:
+            slot = self._table.slots.get(previous)
+            if slot is None or not any(name == use[0] for name, _ in slot.uses):
+                return
+            try:
+                self._want(digest, False, next(reversed(slot.keys), ""), (use,))
+            except TrunklineError as error:
+                log.info("%s is not loaded ahead: %s", digest, error)
+
+    def drop(self, digest: str, use: Use) -> None:
+        """A version no longer uses the digest: its slot is freed when it was the last.
+
+        At once, or when the batch under way ends. A pinned slot stays.
+        """
+        with self._cond:
+            load = self._wanted.find(digest)
+            if load is not None:
+                load.uses.discard(use)
+                if load.uses.gone and not load.for_jobs:
+                    self._wanted.drop(digest)
+            slot = self._table.slots.get(digest)
+            if slot is not None:
+                slot.uses.discard(use)
+                if slot.uses.gone and digest not in self._table.pinned:
+                    self._table.take_out(slot)
+                    self._cond.notify_all()
+
+    def evict(self, digest: str) -> bool:
+        """Free its slot, at once or when the batch under way ends; False where it has none."""
+        with self._cond:
+            self._wanted.drop(digest)
+            if digest not in self._table.slots:
                 return False
-            self._wanted.pop(digest, None)
-            self._pinned.discard(digest)
-            if digest not in self._slots:
-                return False
-            self._take_out(self._slots[digest])
+            self._table.take_out(self._table.slots[digest])
             self._cond.notify_all()
             return True
 
-    def pin(self, digest: str) -> None:
-        """Exempt it from eviction. Raises PoolFull where half of the pool would be pinned."""
+    def keep(self, digests: Collection[str]) -> None:
+        """Exempt these from eviction, and no others. adapters.pins bounds how many they are."""
         with self._cond:
-            others = self._pinned - {digest}
-            pinned = [slot.extent.bytes for slot in self._slots.values() if slot.digest in others]
-            own = self._slots[digest].extent.bytes if digest in self._slots else 0
-            slots_pinned = self.max_slots and len(pinned) + 1 > self.max_slots // 2
-            if sum(pinned) + own > self._arena.capacity // 2 or slots_pinned:
-                raise PoolFull("half of the slots are pinned already; unpin others first")
-            self._pinned.add(digest)
-
-    def unpin(self, digest: str) -> None:
-        with self._cond:
-            self._pinned.discard(digest)
+            self._table.pinned = frozenset(digests)
             self._cond.notify_all()
 
     def forgive(self, digest: str) -> None:
         """Forget that its load failed: its file was mended."""
         with self._cond:
-            self._failed.pop(digest, None)
+            self._failed.forgive(digest)
 
-    def is_resident(self, digest: str) -> bool:
+    def is_resident(self, digest: str, use: Use | None = None) -> bool:
+        """Whether the digest is in a slot; with `use`, whether this version brought it there or
+        used it since."""
         with self._cond:
-            return digest in self._slots
+            slot = self._table.slots.get(digest)
+            return slot is not None and (use is None or use in slot.uses)
 
     def is_pinned(self, digest: str) -> bool:
-        with self._cond:
-            return digest in self._pinned
+        return digest in self._table.pinned
+
+    @property
+    def capacity_bytes(self) -> int:
+        return self._table.arena.capacity
 
     def check_size(self, adapter: AdapterSet) -> None:
         """Raises Invalid for an adapter that could never be resident."""
         size = placed_bytes(adapter, self.dtype)
-        if size > self._arena.capacity // 2:
+        if size > self._table.arena.capacity // 2:
             raise Invalid(
                 "too_large",
                 f"the adapter needs {size} bytes; half of the adapter memory is "
-                f"{self._arena.capacity // 2}",
+                f"{self._table.arena.capacity // 2}",
             )
 
     def stats(self) -> PoolStats:
         with self._cond:
-            slots = [*self._slots.values(), *self._leaving]
+            arena, leaving = self._table.arena, self._table.leaving
+            slots = [*self._table.slots.values(), *leaving]
             return PoolStats(
-                resident=len(self._slots),
-                pinned=sum(digest in self._pinned for digest in self._slots),
+                resident=len(self._table.slots),
+                pinned=sum(digest in self._table.slots for digest in self._table.pinned),
                 held=sum(slot.holds for slot in slots),
-                leaving=len(self._leaving),
-                used_bytes=self._arena.capacity - self._arena.free_bytes,
-                capacity_bytes=self._arena.capacity,
+                leaving=len(leaving),
+                used_bytes=arena.capacity - arena.free_bytes,
+                capacity_bytes=arena.capacity,
                 loads=self._loads,
-                evictions=self._evictions,
+                evictions=self._table.evictions,
             )
 
     def close(self) -> None:
@@ -225,86 +255,84 @@ class SlotPool:
     # What the loader thread does.
 
     def _load_wanted(self) -> None:
-        while True:
-            with self._cond:
-                while not self._wanted and not self._closed:
-                    self._cond.wait()
-                if self._closed:
-                    return
-                self._loading, for_jobs = self._wanted.popitem(last=False)
-                digest = self._loading
+        while (picked := self._pick()) is not None:
             began = time.monotonic()
-            try:
-                self._load(digest, for_jobs)
+            if self._try(*picked):
                 self.loaded(time.monotonic() - began)
-            except TrunklineError as error:
-                self._fail(digest, error)
-            except Exception:
-                log.exception("loading %s failed", digest)
-                self._fail(digest, PoolFull("the adapter could not be loaded; the log says why"))
             with self._cond:
                 self._loading = None
                 self._cond.notify_all()
             self.changed()
 
-    def _load(self, digest: str, for_jobs: bool) -> None:
-        image = self._host_tier.get(digest, self._read) if self._host_tier else None
-        adapter = image.outline if image else self._read(digest)
-        extent = self._find_room(placed_bytes(adapter, self.dtype))
-        if extent is None:
-            return  # closed meanwhile
-        room = self._arena.view(extent)
-        if image is not None:
-            room.copy_(image.buffer)  # one copy to the device, from pinned memory
-        cursor = Cursor(room, copy=image is None)
-        weights = weights_of(adapter, self.config, self.dtype, cursor)
-        with self._cond:
-            fresh_until = time.monotonic() + FRESH_S if for_jobs else 0.0
-            self._slots[digest] = Slot(digest, extent, weights, fresh_until)
-            self._loads += 1
+    def _try(self, key: str, load: Load, extent: Extent | None) -> bool:
+        """Whether the load is done; one that failed is remembered as such."""
+        try:
+            return self._load(key, load, extent)
+        except TrunklineError as error:
+            self._fail(load.digest, error)
+        except Exception:
+            log.exception("loading %s failed", load.digest)
+            refusal = PoolFull("the adapter could not be loaded; the log says why")
+            self._fail(load.digest, refusal)
+        return False
 
-    def _find_room(self, size: int) -> Extent | None:
-        """Evicts the least recently used until there is room, waiting for holds to end.
+    def _pick(self) -> tuple[str, Load, Extent | None] | None:
+        """The next load, with the key whose turn it is, and its room where its size is known.
 
-        Raises PoolFull where what is pinned leaves no room at all.
+        A load without room does not keep other keys' loads waiting. None when the pool is closed.
         """
         with self._cond:
             while not self._closed:
-                if not self.max_slots or len(self._slots) + len(self._leaving) < self.max_slots:
-                    extent = self._arena.allocate(size)
-                    if extent is not None:
-                        return extent
-                if not self._evict_one() and not self._wait_for_room():
-                    raise PoolFull("every slot is pinned; there is no room to load an adapter")
+                for key, load in self._wanted.heads():
+                    extent = None if load.size is None else self._table.room(key, load.size)
+                    if extent is not None or load.size is None or self._table.is_stuck():
+                        self._wanted.take(key, load)
+                        self._loading = load
+                        return key, load, extent
+                self._cond.wait(ROOM_CHECK_S if self._wanted else None)
         return None
 
-    def _evict_one(self) -> bool:
-        now = time.monotonic()
-        for slot in self._slots.values():
-            if not slot.holds and slot.digest not in self._pinned and slot.fresh_until <= now:
-                self._take_out(slot)
-                self._evictions += 1
-                return True
-        return False
+    def _load(self, key: str, load: Load, extent: Extent | None) -> bool:
+        """Whether it was loaded; else there was no room yet, and it waits again.
 
-    def _wait_for_room(self) -> bool:
-        """False where no slot will ever become free for it."""
-        movable = [s for s in self._slots.values() if s.digest not in self._pinned]
-        if not movable and not self._leaving:
-            return False
-        until = min((s.fresh_until for s in movable if not s.holds), default=None)
-        self._cond.wait(None if until is None else max(0.0, until - time.monotonic()))
+        Raises PoolFull where what is pinned leaves no room at all.
+        """
+        try:
+            source = self._filler.read(load.digest)
+            load.size = source.size
+            extent = extent or self._room(key, load, source)
+            if extent is None:
+                return False
+            weights = self._filler.fill(self._table.arena.view(extent), source)
+        except BaseException:
+            if extent is not None:
+                with self._cond:
+                    self._table.arena.free(extent)
+            raise
+        with self._cond:
+            self._add(Slot(load.digest, extent, weights), key, load)
         return True
 
-    def _take_out(self, slot: Slot) -> None:
-        del self._slots[slot.digest]
-        if slot.holds:
-            slot.leaving = True
-            self._leaving.add(slot)
-        else:
-            self._arena.free(slot.extent)
+    def _room(self, key: str, load: Load, source: Source) -> Extent | None:
+        """Room for a load whose size is known now; without any, it goes back into the queue."""
+        with self._cond:
+            extent = self._table.room(key, source.size)
+            if extent is None and self._table.is_stuck():
+                raise PoolFull("every slot is pinned; there is no room to load an adapter")
+            if extent is None:
+                self._filler.park(source)
+                self._loading = None
+                self._wanted.give_back(key, load)
+            return extent
+
+    def _add(self, slot: Slot, key: str, load: Load) -> None:
+        slot.fresh_until = time.monotonic() + FRESH_S if load.for_jobs else 0.0
+        slot.uses.add([*load.uses, *self.users(slot.digest)])
+        self._table.use(slot, {key} | load.keys)
+        self._table.slots[slot.digest] = slot
+        self._loads += 1
 
     def _fail(self, digest: str, error: TrunklineError) -> None:
         log.warning("%s was not loaded: %s", digest, error)
         with self._cond:
-            self._failed[digest] = (time.monotonic(), error)
+            self._failed.note(digest, error)

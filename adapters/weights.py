@@ -1,7 +1,7 @@
 """An adapter set as the encoder applies it, laid out in one buffer."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -35,12 +35,17 @@ class Cursor:
 
 def placed_bytes(adapter: AdapterSet, dtype: torch.dtype) -> int:
     """The bytes that weights_of places for this adapter, alignment included."""
+    return bytes_of_shapes({name: t.shape for name, t in adapter.tensors.items()}, dtype)
+
+
+def bytes_of_shapes(shapes: Mapping[str, Sequence[int]], dtype: torch.dtype) -> int:
+    """`placed_bytes`, from the shapes of the adapter's tensors alone."""
     total = 0
-    for name, tensor in adapter.tensors.items():
+    for name, shape in shapes.items():
         if name != "calibration":
             in_trunk = ".lora_" in name or ".ln_" in name  # what else there is stays in float32
             itemsize = (dtype if in_trunk else torch.float32).itemsize
-            total += aligned(math.prod(tensor.shape) * itemsize)
+            total += aligned(math.prod(shape) * itemsize)
     return total
 
 

@@ -1,5 +1,6 @@
 """What the adapter routes answer: rows of the list, versions, where a version is."""
 
+from dataclasses import asdict
 from typing import Any
 
 from adapters.library import Library
@@ -28,7 +29,7 @@ def summary(named: Named, library: Library) -> dict[str, Any]:
         "rank": current.manifest.rank,
         "bytes": current.bytes,
         "created_at": current.created_at,
-        "resident": library.slots.is_resident(current.digest),
+        "resident": library.residency.place(current).resident,
         "in_flight": library.leases.of_name(named.name),
         "requests": usage.requests,
         "last_used": usage.last_used,
@@ -63,11 +64,7 @@ def residency(version: Version, library: Library) -> dict[str, Any]:
 
 
 def _place(version: Version, library: Library) -> dict[str, Any]:
-    return {
-        "resident": library.slots.is_resident(version.digest),
-        "pinned": library.slots.is_pinned(version.digest),
-        "in_flight": library.leases.of_digest(version.digest),
-    }
+    return asdict(library.residency.place(version))
 
 
 def _applied(manifest: Manifest) -> dict[str, Any]:

@@ -103,8 +103,12 @@ class Uploaded(VersionFacts):
 
 
 class Place(BaseModel):
-    resident: bool
-    pinned: bool = Field(description="Whether it is exempt from eviction.")
+    resident: bool = Field(description="Whether it was brought into the slots by its own name.")
+    pinned: bool = Field(description="Whether it was pinned, as this version of this name.")
+    pin_held: bool = Field(
+        description="Whether it is exempt from eviction: false for a pin that the pool, smaller "
+        "since a restart, has no room for."
+    )
     in_flight: InFlight
 
 

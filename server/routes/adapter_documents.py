@@ -118,7 +118,7 @@ _ROW: dict[str, Any] = {
     "requests": 12,
     "last_used": 1767229200.0,
 }
-_PLACE = {"resident": True, "pinned": False, "in_flight": 0}
+_PLACE = {"resident": True, "pinned": False, "pin_held": False, "in_flight": 0}
 _VERSION: dict[str, Any] = {
     "version": 2,
     "digest": _DIGEST,

@@ -10,6 +10,7 @@ from adapters.names import check_name
 from server.adapter_answers import residency
 from server.answer_shapes.adapters import Residency, Verified
 from server.answers import JSONAnswer
+from server.guard import key_of
 from server.routes import adapter_documents as says
 from server.routes.adapters import NAMED, may_use_adapter, who
 from server.routes.documented import READ, errors, ok
@@ -31,7 +32,7 @@ router = APIRouter(prefix="/adapters", tags=["adapters"], dependencies=[Depends(
 async def load(request: Request, name: str) -> Response:
     """Bring it into the slots; 200 when it is there, 202 while that still goes on."""
     library = state_of(request).library
-    version, done = await asyncio.to_thread(library.load, name, LOAD_TIMEOUT_S)
+    version, done = await asyncio.to_thread(library.load, name, LOAD_TIMEOUT_S, key_of(request))
     return JSONAnswer(residency(version, library), 200 if done else 202)
 
 
@@ -54,7 +55,7 @@ async def unload(request: Request, name: str) -> Response:
 async def pin(request: Request, name: str) -> Response:
     """Load it and exempt it from eviction."""
     library = state_of(request).library
-    version = await asyncio.to_thread(library.pin, name, who(request))
+    version = await asyncio.to_thread(library.pin, name, who(request), key_of(request))
     return JSONAnswer(residency(version, library))
 
 

@@ -92,7 +92,7 @@ class LibraryStates(RuleBasedStateMachine):
         self.folder = Path(tempfile.mkdtemp(prefix="library-"))
         self.names: dict[str, Name] = {}
         self.held: dict[Lease, Version] = {}
-        self.pinned: set[str] = set()
+        self.pinned: dict[tuple[str, int], str] = {}  # name and number -> digest
         self.open()
 
     def open(self) -> None:
@@ -172,14 +172,13 @@ class LibraryStates(RuleBasedStateMachine):
             with pytest.raises(NotFound):
                 self.library.remove(name, number, "test")
             return
-        digests = {known.versions[n] for n in doomed}
         in_flight = self.library.remove(name, number, "test")
-        assert in_flight == sum(v.digest in digests for v in self.held.values())
+        users = [v for v in self.held.values() if v.name == name and v.number in doomed]
+        assert in_flight == len(users)
         for each in doomed:
             known.drop(each)
+            self.pinned.pop((name, each), None)
         self.settle()
-        live = {d for n in self.names.values() for d in n.versions.values()}
-        self.pinned -= digests - live - {v.digest for v in self.held.values()}
 
     @rule(target=leases, name=NAMES, suffix=st.sampled_from(["", "@1", "@2", "@stable"]))
     def lease(self, name: str, suffix: str) -> object:
@@ -215,11 +214,11 @@ class LibraryStates(RuleBasedStateMachine):
         if digest is None:
             return
         version, in_flight = self.library.unload(name, "test")
-        self.pinned.discard(digest)
-        assert in_flight == sum(v.digest == digest for v in self.held.values())
+        self.pinned.pop((name, version.number), None)
+        assert in_flight == sum(v == version for v in self.held.values())
         self.settle()
         if not in_flight:
-            assert not self.library.slots.is_resident(version.digest)
+            assert not self.library.residency.place(version).resident
 
     @rule(name=NAMES)
     def pin(self, name: str) -> None:
@@ -227,17 +226,17 @@ class LibraryStates(RuleBasedStateMachine):
         if digest is None:
             return
         try:
-            self.library.pin(name, "test")
-            self.pinned.add(digest)
+            version = self.library.pin(name, "test")
+            self.pinned[name, version.number] = digest
         except PoolFull:
-            assert len(self.pinned - {digest}) >= SLOTS // 2
+            assert len({*self.pinned.values()} - {digest}) >= SLOTS // 2
 
     @rule(name=NAMES)
     def unpin(self, name: str) -> None:
         digest = self.expected(name)
         if digest is not None:
-            self.library.unpin(name, "test")
-            self.pinned.discard(digest)
+            version = self.library.unpin(name, "test")
+            self.pinned.pop((name, version.number), None)
 
     @precondition(lambda self: not self.held)
     @rule()
@@ -257,8 +256,6 @@ class LibraryStates(RuleBasedStateMachine):
         (self.folder / "blobs" / "incoming" / "half").write_bytes(b"half an upload")
         self.open()
         assert not any((self.folder / "blobs" / "incoming").iterdir())
-        live = {d for n in self.names.values() for d in n.versions.values()}
-        self.pinned &= live
 
     def expected(self, reference: str) -> str | None:
         """The digest that a reference must mean."""
@@ -301,7 +298,18 @@ class LibraryStates(RuleBasedStateMachine):
         stats = self.library.slots.stats()
         assert stats.resident + stats.leaving <= SLOTS
         assert stats.used_bytes * SLOTS == (stats.resident + stats.leaving) * stats.capacity_bytes
-        assert {d for d in self.pinned if self.library.slots.is_pinned(d)} == self.pinned
+
+    @invariant()
+    def pins_are_those_asked_for_by_name_and_their_bytes_stay(self) -> None:
+        self.settle()
+        for name, known in self.names.items():
+            for number in known.versions:
+                place = self.library.residency.place(self.library.version(f"{name}@{number}"))
+                pinned = (name, number) in self.pinned
+                assert (place.pinned, place.pin_held) == (pinned, pinned)
+        assert {d for d in self.pinned.values() if self.library.slots.is_resident(d)} == {
+            *self.pinned.values()
+        }
 
 
 TestLibraryStates = pytest.mark.filterwarnings("ignore::ResourceWarning")(LibraryStates.TestCase)
@@ -421,5 +429,6 @@ def test_a_pin_after_an_unload_stays_when_the_requests_of_before_are_answered(
     library.unpin("b", "test")
     library.pin("a", "test")
     lease.release()
-    assert library.slots.is_pinned(version.digest)
+    place = library.residency.place(version)
+    assert (place.resident, place.pinned, place.pin_held) == (True, True, True)
     library.close()

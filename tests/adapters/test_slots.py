@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapters.arena import ALIGNMENT, Arena
-from adapters.errors import Damaged, Invalid, PoolFull
+from adapters.errors import Damaged, Invalid
 from adapters.format import AdapterSet
 from adapters.host_tier import HostTier
 from adapters.leases import LeaseBook
-from adapters.slots import FAILURE_S, SlotPool
+from adapters.load_failures import FAILURE_S
+from adapters.slots import SlotPool
 from adapters.weights import placed_bytes, weights_of
 from model.config import GPTConfig
 from model.lora import AdapterWeights
@@ -152,27 +153,17 @@ def test_the_least_recently_used_goes_first_and_pins_stay(pools) -> None:
     pool = pools(4)
     for seed in (1, 2, 3, 4):
         pool.load_now(digest(seed), 10)
-    pool.pin(digest(1))
+    pool.keep({digest(1)})
     pool.let_go([pool.hold(digest(2))])
     pool.load_now(digest(5), 10)
     assert [s for s in range(1, 6) if pool.is_resident(digest(s))] == [1, 2, 4, 5]
     for seed in range(10, 20):
         pool.load_now(digest(seed), 10)
     assert pool.is_resident(digest(1))
-    pool.unpin(digest(1))
+    pool.keep(())
     for seed in range(20, 24):
         pool.load_now(digest(seed), 10)
     assert not pool.is_resident(digest(1))
-
-
-def test_pins_leave_half_of_the_pool(pools) -> None:
-    pool = pools(4)
-    for seed in (1, 2, 3):
-        pool.load_now(digest(seed), 10)
-    pool.pin(digest(1))
-    pool.pin(digest(2))
-    with pytest.raises(PoolFull):
-        pool.pin(digest(3))
 
 
 def test_the_count_of_slots_is_a_bound_too(pools) -> None:
@@ -218,7 +209,7 @@ def test_a_failed_load_is_told_to_those_who_wait_and_tried_again_later(pools, mo
         pool.hold(digest(1))
     broken = False
     later = time.monotonic() + FAILURE_S
-    monkeypatch.setattr("adapters.slots.time.monotonic", lambda: later)
+    monkeypatch.setattr("adapters.load_failures.time.monotonic", lambda: later)
     assert pool.load_now(digest(1), 10)
 
 
@@ -289,7 +280,7 @@ def test_the_host_tier_brings_evicted_adapters_back_without_the_disk(pools) -> N
 
 def test_a_lease_is_released_exactly_once() -> None:
     book = LeaseBook()
-    lease = book.take("a", digest(1))
+    lease = book.take("a", 1, digest(1))
     lease.release()
     with pytest.raises(AssertionError, match="twice"):
         lease.release()
@@ -299,10 +290,10 @@ def test_a_lease_is_released_exactly_once() -> None:
 def test_a_drain_waits_for_the_leases_of_its_time_and_no_later_ones() -> None:
     book = LeaseBook()
     drained: list[int] = []
-    early = [book.take("a", digest(1)) for _ in range(3)]
-    other = book.take("b", digest(2))
+    early = [book.take("a", 1, digest(1)) for _ in range(3)]
+    other = book.take("b", 1, digest(2))
     assert book.when_drained(digest(1), lambda: drained.append(1)) == 3
-    late = book.take("a", digest(1))
+    late = book.take("a", 1, digest(1))
     for lease in early[:2]:
         lease.release()
     assert drained == []
