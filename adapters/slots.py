@@ -56,7 +56,7 @@ class SlotPool:
     """Resident adapters by digest. All methods are thread-safe and none but `load_now` waits.
 
     `read` brings an adapter from disk (it may raise TrunklineError); `changed` is called, with no
-    lock held, whenever a load has ended, `loaded` with the seconds of one that succeeded.
+    lock held, with the digest whenever a load has ended, `loaded` with the seconds of one that succeeded.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class SlotPool:
     ) -> None:
         self.config, self.dtype, self.device = config, dtype, device
         self.max_slots, self._read, self._host_tier = max_slots, read, host_tier
-        self.changed: Callable[[], None] = lambda: None  # the engine's, once there is one
+        self.changed: Callable[[str], None] = lambda digest: None  # the engine's, once there is one
         self.loaded: Callable[[float], None] = lambda seconds: None
         self._arena = Arena(capacity_bytes, device, poison=debug)
         self._slots: OrderedDict[str, Slot] = OrderedDict()  # least recently used first
@@ -245,7 +245,7 @@ class SlotPool:
             with self._cond:
                 self._loading = None
                 self._cond.notify_all()
-            self.changed()
+            self.changed(digest)
 
     def _load(self, digest: str, for_jobs: bool) -> None:
         image = self._host_tier.get(digest, self._read) if self._host_tier else None
