@@ -53,7 +53,7 @@ class SlotPool:
     """Resident adapters by digest. All methods are thread-safe and none but `load_now` waits.
 
     `read` brings an adapter from disk (it may raise TrunklineError); `changed` is called, with no
-    lock held, whenever a load has ended, `loaded` with the seconds of one that succeeded.
+    lock held, with the digest whenever a load has ended, `loaded` with the seconds of one that succeeded.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class SlotPool:
     ) -> None:
         self.dtype, self.device, self.max_slots = dtype, device, max_slots
         self._filler = SlotFiller(config, dtype, read, host_tier)
-        self.changed: Callable[[], None] = lambda: None  # the engine's, once there is one
+        self.changed: Callable[[str], None] = lambda digest: None  # the engine's, once there is one
         self.loaded: Callable[[float], None] = lambda seconds: None
         self.users: Callable[[str], Collection[Use]] = lambda digest: ()  # who has leases on it
         self._table = SlotTable(capacity_bytes, max_slots, device, debug)
@@ -262,7 +262,7 @@ class SlotPool:
             with self._cond:
                 self._loading = None
                 self._cond.notify_all()
-            self.changed()
+            self.changed(picked[1].digest)
 
     def _try(self, key: str, load: Load, extent: Extent | None) -> bool:
         """Whether the load is done; one that failed is remembered as such."""

@@ -1,7 +1,6 @@
 """Admission: what may enter the queue, under which version, with which permits."""
 
 import math
-import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,9 @@ from server.engine.errors import (
     TooManyTokens,
 )
 from server.engine.job import Ask, Ids, Job, Reply
-from server.engine.queue import JobQueue, line_key
+from server.engine.lines import line_key
+from server.engine.permits import TokenPermits
+from server.engine.queue import JobQueue
 from server.engine.rate import DrainRate
 
 LONGEST_RETRY_S = 60
@@ -39,27 +40,6 @@ class Row:
 
     ids: Ids
     adapter: str | None
-
-
-class TokenPermits:
-    """Tokens admitted and not answered yet. The event loop takes, the device thread gives back."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.held = 0
-        self._lock = threading.Lock()
-
-    @property
-    def free(self) -> int:
-        return self.limit - self.held
-
-    def take(self, tokens: int) -> None:
-        with self._lock:
-            self.held += tokens
-
-    def give_back(self, tokens: int) -> None:
-        with self._lock:
-            self.held -= tokens
 
 
 def overloaded(sentence: str, wait_s: float) -> Overloaded:
@@ -130,14 +110,14 @@ class Admission:
         if error is not None:
             raise error
         leases = self._lease_all(references, rows, ask, key)
-        self.permits.take(tokens)
+        self.permits.take(tokens, key)
         return self._jobs(rows, leases, ask, deadline, key)
 
     @property
     def crowded(self) -> bool:
-        """Whether there is any line now whose rows may be refused."""
+        """Whether there may be a line now whose rows would be refused."""
         rate, held = self.rate.per_s, self.permits.held
-        if held and self.queue.longest() + 2 > self.permits.free:
+        if held and self.permits.crowded():
             return True
         return rate > 0 and self.queue.may_be_late(held, rate, self.max_wait_s)
 
@@ -156,16 +136,13 @@ class Admission:
         if late_s > 0:
             sentence = f"a row would wait for {most_s + late_s:.2f} s, and may for {most_s:.2f} s"
             return overloaded(sentence, late_s)
-        # A line may be as long as what it leaves free (Choudhury and Hahne 1998): so one alone
-        # fills half, and there is room for who asks for little.
-        longest = self.queue.longest(lines)
-        excess = longest + 2 * tokens - self.permits.free
-        if excess <= 0:
+        lacking = self.permits.lacking(tokens, key, self.queue.longest(lines))
+        if not lacking:
             return None
-        # Its part of what runs shortens the line, all of it makes room; and an empty server takes
-        # any request.
-        tokens_until = min(held, excess / (1 + longest / held))
-        return overloaded("the queue is full", self.rate.seconds(tokens_until))
+        # Other keys' tokens run beside those of the key; and an empty server takes any request.
+        own = self.permits.of_key(key)
+        until = held if lacking >= own else lacking * held / own
+        return overloaded("the queue has no room for more of this key", self.rate.seconds(until))
 
     def _version(self, reference: str | None) -> Version | None:
         if reference is None or reference == BASE:
@@ -241,15 +218,15 @@ class Admission:
                 admitted=now,
                 reply=reply,
                 row=index,
-                release=partial(self._release, shared[row.adapter], len(row.ids)),
+                release=partial(self._release, shared[row.adapter], len(row.ids), key),
                 key=key,
             )
             for index, row in enumerate(rows)
         ]
         return jobs, reply
 
-    def _release(self, shared: "SharedLease", tokens: int) -> None:
-        self.permits.give_back(tokens)
+    def _release(self, shared: "SharedLease", tokens: int, key: str) -> None:
+        self.permits.give_back(tokens, key)
         shared.row_done()
 
     def _check_ids(self, ids: Ids, row: int) -> None:

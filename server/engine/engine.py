@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 from adapters.library import Library
 from model.checkpoint import Backbone
-from server.engine.admission import Admission, Row, TokenPermits
+from server.engine.admission import Admission, Row
 from server.engine.errors import NotReady
 from server.engine.forward import Forward
 from server.engine.job import Ask, Reply, Result
 from server.engine.loop import EngineLoop
+from server.engine.permits import TokenPermits
 from server.engine.queue import JobQueue
 from server.engine.rate import DrainRate
 from server.metrics import Metrics
@@ -48,7 +49,7 @@ class Engine:
             library, backbone, permits, self.queue, self.rate, max_request_tokens, max_queue_s
         )
         events = asyncio.get_running_loop()
-        library.slots.changed = self.queue.wake
+        library.slots.changed = self.queue.loaded
         library.slots.loaded = metrics.load_seconds.observe
         self.loop = EngineLoop(
             self.queue, library.slots, forward, max_batch_tokens, events, metrics, self.rate

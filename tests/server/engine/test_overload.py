@@ -9,10 +9,12 @@ import pytest
 from conftest import TINY
 
 from adapters.errors import NotFound
-from server.engine.admission import LONGEST_RETRY_S, Admission, Row, TokenPermits
+from server.engine.admission import LONGEST_RETRY_S, Admission, Row
 from server.engine.errors import Overloaded
 from server.engine.job import Ask, Job
-from server.engine.queue import JobQueue, LineKey, line_key
+from server.engine.lines import LineKey, line_key
+from server.engine.permits import TokenPermits
+from server.engine.queue import JobQueue
 from server.engine.rate import HALF_LIFE_S, DrainRate
 
 ASK = Ask(frozenset({"embedding"}))

@@ -13,8 +13,9 @@ from adapters.errors import Damaged
 from adapters.slots import Slot
 from adapters.validate import Manifest
 from adapters.versions import Record, Version
+from server.engine.deal import QUANTUM
 from server.engine.job import Ask, Job, Reply
-from server.engine.queue import QUANTUM, JobQueue
+from server.engine.queue import JobQueue
 
 ASK = Ask(frozenset({"embedding"}))
 

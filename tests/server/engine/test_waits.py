@@ -15,10 +15,11 @@ import pytest
 from conftest import TINY
 
 from server.engine import admission, queue
-from server.engine.admission import Admission, Row, TokenPermits
+from server.engine.admission import Admission, Row
 from server.engine.errors import Overloaded
 from server.engine.job import Ask, Job
 from server.engine.loop import BACKLOG_S
+from server.engine.permits import TokenPermits
 from server.engine.queue import JobQueue
 from server.engine.rate import DrainRate
 
