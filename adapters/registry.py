@@ -135,6 +135,11 @@ class Registry:
         total: int = self._rows("SELECT coalesce(sum(bytes), 0) FROM blobs")[0][0]
         return total
 
+    def damaged_count(self) -> int:
+        """How many stored files are known not to be what their digests say."""
+        damaged: int = self._rows("SELECT count(*) FROM blobs WHERE damaged")[0][0]
+        return damaged
+
     def pinned(self) -> list[str]:
         return [row[0] for row in self._rows("SELECT digest FROM blobs WHERE pinned")]
 

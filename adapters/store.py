@@ -111,7 +111,8 @@ class BlobStore:
         path = self.path(incoming.digest)
         was_there = path.exists()
         if self.quota and not was_there and used_bytes + incoming.bytes > self.quota:
-            raise StorageFull(f"the store may hold {self.quota} bytes and has {used_bytes}")
+            # How much is used is a fact of all tenants together.
+            raise StorageFull(f"the file does not fit: the store may hold {self.quota} bytes")
         try:
             with storage_errors():
                 os.replace(incoming.path, path)
