@@ -184,6 +184,8 @@ class Library:
         if upload.name != upload.name.lower() and self.registry.exists(upload.name.lower()):
             raise NameConflict("a name that differs by case only is taken")
         check_name(upload.name)
+        if upload.name == self.backbone.id and not self.registry.exists(upload.name):
+            raise NameConflict("this is the backbone's id, which names the backbone alone")
         self.registry.check_condition(upload.name, upload.condition)
 
     def publish(self, upload: Upload, incoming: Incoming) -> tuple[Version, bool]:

@@ -168,6 +168,11 @@ class Registry:
         query = f"SELECT digest FROM blobs WHERE digest NOT IN ({_LIVE})"
         return [row[0] for row in self._rows(query)]
 
+    def damaged_count(self) -> int:
+        """How many stored files are known not to be what their digests say."""
+        damaged: int = self._rows("SELECT count(*) FROM blobs WHERE damaged")[0][0]
+        return damaged
+
     def audit(self, name: str, limit: int = 100) -> list[dict[str, Any]]:
         """Who did what to a name, the latest first."""
         rows = self._rows(

@@ -127,7 +127,8 @@ class BlobStore:
         with storage_errors():
             was_there = os.path.lexists(path)
             if self.quota and not was_there and used_bytes + incoming.bytes > self.quota:
-                raise StorageFull(f"the store may hold {self.quota} bytes and has {used_bytes}")
+                # How much is used is a fact of all tenants together.
+                raise StorageFull(f"the file does not fit: the store may hold {self.quota} bytes")
             if was_there and fault_of(path, incoming.digest) is not None:
                 self._put_away(path)
                 was_there = False

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from http import HTTPStatus
@@ -29,7 +30,7 @@ from server.answers import JSONAnswer
 from server.cors import Cors, CorsHeaders
 from server.engine.engine import Engine
 from server.engine.forward import Forward
-from server.errors import RequestError, error_answer, no_route, wrong_method
+from server.errors import CODE, RequestError, error_answer, no_route, wrong_method
 from server.guard import Guard
 from server.heads import Heads
 from server.hot import HotRoutes
@@ -56,6 +57,7 @@ from server.routes.document import completed
 from server.settings import BadSettings, Settings, default_data_dir
 from server.shed import Shed
 from server.state import ServerState
+from server.storage_faults import storage_faults
 from server.turns import Turns
 
 DEMO_ADAPTERS = DEMO_BACKBONE.parent.parent / "adapters" / "demo"
@@ -75,6 +77,8 @@ HOT = {
 }
 TOKENIZER = ("/tokenize", "/detokenize")
 ROUTES = (encode, critic, openai, rerank, tei, vllm, tokens, residency, adapters, diff, ops)
+log = logging.getLogger("trunkline")
+
 CLIENT_LEFT = 499  # nobody reads it; the log and the metrics show it
 
 
@@ -99,9 +103,9 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.settings = settings
     app.state.turns = Turns(settings.max_queue_s, settings.max_body_bytes)
     app.state.server = ServerState(settings, backbone, forward, library, Metrics())
-    app.state.server.metrics.watch_residency(lambda: _residency(library))
     keys = settings.keys or (settings.data_dir or default_data_dir()) / "keys.json"
     app.state.keys = KeyRing(keys)
+    _watch(app.state.server, app.state.keys)
     for routes in ROUTES:
         app.include_router(routes.router)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
@@ -226,6 +230,28 @@ def _library(settings: Settings, backbone: Backbone, forward: Forward) -> Librar
     return library
 
 
+def _watch(state: ServerState, keys: KeyRing) -> None:
+    """Let the metrics read what is elsewhere."""
+    metrics, library, backbone = state.metrics, state.library, state.backbone
+    metrics.watch_residency(lambda: _residency(library))
+    metrics.watch_storage(lambda: storage_faults(library))
+    metrics.keys.names = keys.names
+    metrics.set_build(
+        version=__version__,
+        torch=torch.__version__,
+        dtype=state.dtype,
+        device=state.device,
+        backbone=backbone.id,
+        digest=backbone.digest,
+    )
+    if library.registry.exists(backbone.id):
+        log.warning(
+            "an adapter has the backbone's own id as its name, %s: where a request says model, "
+            "this id means the backbone; `adapter` and /adapters still mean the adapter",
+            backbone.id,
+        )
+
+
 def _residency(library: Library) -> dict[str, float]:
     """What the metrics tell of the adapters."""
     slots = library.slots.stats()
@@ -263,6 +289,7 @@ def _adapter_folder(settings: Settings) -> Path | None:
 def _answer(request: Request, error: TrunklineError) -> Response:
     scope = request.scope
     answer = error_answer(error, scope["path"], scope["state"].get("request_id"))
+    scope["state"][CODE] = error.code
     return JSONAnswer(answer.body, answer.status, answer.headers)
 
 

@@ -10,7 +10,9 @@ Headers = list[tuple[bytes, bytes]]
 METHODS = b"GET, HEAD, POST, PUT, DELETE"
 EXPOSED = (
     b"x-request-id, x-trunkline-metadata, x-trunkline-adapter, etag, location, retry-after, "
-    b"content-digest, repr-digest, content-disposition"
+    b"content-digest, repr-digest, content-disposition, "
+    b"x-ratelimit-limit-requests, x-ratelimit-remaining-requests, x-ratelimit-reset-requests, "
+    b"x-ratelimit-limit-tokens, x-ratelimit-remaining-tokens, x-ratelimit-reset-tokens"
 )
 PREFLIGHT_S = b"600"  # that a browser may remember a preflight's answer
 _NAMES = re.compile(rb"[A-Za-z0-9!#$%&'*+.^_`|~-]+(\s*,\s*[A-Za-z0-9!#$%&'*+.^_`|~-]+)*")

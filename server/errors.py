@@ -51,6 +51,7 @@ STATUS = {
 }
 
 MAX_ERROR_BYTES = 4096
+CODE = "error_code"  # of a request's state: the code of the error that it was answered with
 
 
 class RequestError(TrunklineError):

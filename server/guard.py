@@ -10,8 +10,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from adapters.errors import BadName
 from adapters.names import BASE, check_name
 from server.answers import JSONAnswer
-from server.errors import RequestError, error_answer, no_route, wrong_method
+from server.errors import CODE, RequestError, error_answer, no_route, wrong_method
 from server.keys import Caller, KeyRing, QuotaWait
+from server.rate_headers import with_rate_headers
 
 MAX_NAME = 100  # characters of a key's name in an error
 
@@ -65,6 +66,9 @@ class Guard:
             self.keys.refresh()
             if self.keys.configured and not is_public(scope["method"], scope["path"]):
                 error = self._refusal(scope)
+                caller = scope["state"].get("caller")
+                if caller is not None and caller.has_quota:
+                    send = with_rate_headers(send, caller)
                 if error is not None:
                     await _refuse(error, scope, receive, send)
                     return
@@ -75,13 +79,13 @@ class Guard:
         if caller is None:
             sentence = "a valid API key is needed, as Authorization: Bearer KEY or x-api-key: KEY"
             return RequestError("unauthorized", sentence)
+        scope["state"]["caller"] = caller  # of a refused request too: for its metrics
         error = _scope_refusal(caller, scope["method"], scope["path"])
         if error is not None:
             return error
         wait = caller.take_request()
         if wait:
             return _quota_refusal(caller, wait)
-        scope["state"]["caller"] = caller
         return None
 
 
@@ -146,6 +150,19 @@ def key_of(request: Request) -> str:
     return caller.key.id if caller is not None else ""
 
 
+def confined_caller(request: Request) -> Caller | None:
+    """The request's key where it is limited to some adapters; None where it may see everything."""
+    caller = caller_of(request)
+    return caller if caller is not None and caller.key.confined else None
+
+
+def check_unconfined(request: Request) -> None:
+    """Raises RequestError where the request's key is limited to some adapters."""
+    if confined_caller(request) is not None:
+        sentence = "the key is limited to some adapters, and this tells of all of them together"
+        raise RequestError("forbidden", sentence)
+
+
 def check_adapter(request: Request, reference: str | None) -> None:
     """Raises RequestError where the request's key may not use this adapter; base is everybody's."""
     caller = caller_of(request)
@@ -169,6 +186,7 @@ def may_use(caller: Caller, reference: str | None) -> bool:
 
 async def _refuse(error: RequestError, scope: Scope, receive: Receive, send: Send) -> None:
     answer = error_answer(error, scope["path"], scope["state"].get("request_id"))
+    scope["state"][CODE] = error.code
     headers = answer.headers
     if error.code == "unauthorized":
         headers["www-authenticate"] = "Bearer"

@@ -19,15 +19,14 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from server.key_patterns import fault_of
+
 log = logging.getLogger("trunkline.keys")
 
 Scope = Literal["infer", "admin", "metrics"]
 SECONDS = {"s": 1, "m": 60, "h": 3600}
 ROUNDING = 1e-6  # of a request or token: who waited as told must not be told to wait again
 RELOAD_S = 1.0  # how often the file is looked at
-
-
-_PATTERN = re.compile(r"[a-z0-9._/*?\[\]!-]+")
 
 
 class BadKeys(ValueError):
@@ -70,8 +69,16 @@ class Key(BaseModel):
     created_at: float
     revoked_at: float | None = None
 
+    @property
+    def confined(self) -> bool:
+        """Whether it may see and use some adapters only."""
+        return bool(self.adapters)
+
     def may_use(self, adapter: str) -> bool:
-        return not self.adapters or any(fnmatchcase(adapter, p) for p in self.adapters)
+        """Whether a pattern matches the name. Case does not count: a name that differs from another
+        by case only is an error that mentions the other one, so its owner alone may get it."""
+        name = adapter.lower()
+        return not self.adapters or any(fnmatchcase(name, p) for p in self.adapters)
 
 
 _KEYS = TypeAdapter(list[Key])
@@ -90,6 +97,11 @@ class Bucket:
         self.at = now
         missing = cost - self.left - ROUNDING
         return max(1, math.ceil(missing / rate)) if missing > 0 else 0
+
+    def full_s(self) -> float:
+        """Seconds until all of the quota is there."""
+        self.wait_s()
+        return max(0.0, (self.quota.count - self.left) * self.quota.seconds / self.quota.count)
 
     def take(self, cost: int) -> None:
         self.left -= cost
@@ -111,6 +123,7 @@ class Caller:
         self.key = key
         self.requests = Bucket(key.requests) if key.requests else None
         self.tokens = Bucket(key.tokens) if key.tokens else None
+        self.has_quota = bool(self.requests or self.tokens)
 
     def take_request(self) -> QuotaWait | None:
         """None, and one request is counted; or the quota to wait for longest."""
@@ -151,6 +164,10 @@ class KeyRing:
         self.configured = False
         if path.exists():
             self._load()
+
+    def names(self) -> dict[str, str]:
+        """The live keys' names by id."""
+        return {identity: caller.key.name for identity, caller in self._callers.items()}
 
     def caller_of(self, headers: Iterable[tuple[bytes, bytes]]) -> Caller | None:
         """Whose request it is, by its headers in lower case; None without a live key."""
@@ -216,11 +233,9 @@ def read_keys(path: Path) -> list[Key]:
 def new_key(path: Path, name: str, **wishes: Any) -> tuple[Key, str]:
     """Add a key to the file; the key and its secret, which is stored nowhere. Raises BadKeys."""
     for pattern in wishes.get("adapters", ()):
-        if not _PATTERN.fullmatch(pattern):
-            raise BadKeys(
-                f"{pattern!r} matches no adapter: names have a-z, 0-9 and . _ - /, and a pattern "
-                "* ? [ ] beside them"
-            )
+        fault = fault_of(pattern)
+        if fault is not None:
+            raise BadKeys(fault)
     identity = secrets.token_hex(6)
     secret = f"tl_{identity}_{secrets.token_urlsafe(32)}"
     try:

@@ -1,13 +1,21 @@
 """Every metric, declared once."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from server.top import TopAdapters
+from server.top import Keeps, TopAdapters, TopKeys
 
 _SECONDS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
 _TOKENS = (16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -42,6 +50,34 @@ class Residency(Collector):
         return iter(())
 
 
+class StorageFaults(Collector):
+    """What is wrong with the data folder, by kind; `now` counts each kind, 0 where all is well."""
+
+    def __init__(self, now: Callable[[], Mapping[str, float]]) -> None:
+        self.now = now
+
+    def collect(self) -> Iterator[Metric]:
+        text = "Adapter files or writes that are off, by kind; 0 where all is well."
+        family = GaugeMetricFamily("trunkline_storage_faults", text, labels=["kind"])
+        for kind, count in self.now().items():
+            family.add_metric([kind], count)
+        yield family
+
+    def describe(self) -> Iterator[Metric]:
+        """So that registering it reads nothing yet."""
+        return iter(())
+
+
+class _Families(Collector):
+    """Families that were collected already."""
+
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families
+
+
 @dataclass(frozen=True)
 class Ran:
     """A row that was run."""
@@ -49,6 +85,7 @@ class Ran:
     adapter: str
     tokens: int
     queue_s: float  # from its admission to its batch
+    key: str = ""  # the API key's id; "" is everybody without one
 
 
 class Metrics:
@@ -58,10 +95,14 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.adapters = TopAdapters()
         self.registry.register(self.adapters)
+        self.keys = TopKeys()
+        self.registry.register(self.keys)
+        ProcessCollector(registry=self.registry)  # of what the platform tells: on Linux all
+        self._build: Metric | None = None
         self.requests = Counter(
             "trunkline_requests",
-            "Answered requests by route and status.",
-            ["route", "status"],
+            "Answered requests by route, status and, of an error, its code.",
+            ["route", "status", "code"],
             registry=self.registry,
         )
         self.request_seconds = Histogram(
@@ -71,7 +112,7 @@ class Metrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
-        self._of_route: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
+        self._of_route: dict[tuple[str, int, str], tuple[Counter, Histogram]] = {}
         self.tokens = Counter(
             "trunkline_tokens", "Tokens run through the trunk.", registry=self.registry
         )
@@ -105,6 +146,17 @@ class Metrics:
         """Read the adapters' whereabouts from `now` at every exposition."""
         self.registry.register(Residency(now))
 
+    def watch_storage(self, now: Callable[[], Mapping[str, float]]) -> None:
+        """Read what is wrong with the data folder from `now` at every exposition."""
+        self.registry.register(StorageFaults(now))
+
+    def set_build(self, **facts: str) -> None:
+        """What runs, as the labels of trunkline_build_info."""
+        text = "What runs: versions, device, dtype and trunk."
+        self._build = GaugeMetricFamily("trunkline_build_info", text, labels=list(facts))
+        self._build.add_metric(list(facts.values()), 1)
+        self.registry.register(_Families([self._build]))
+
     def batch(self, rows: Sequence[Ran], seconds: float) -> None:
         """A batch that took so long on the device."""
         tokens = sum(row.tokens for row in rows)
@@ -115,19 +167,47 @@ class Metrics:
         for row in rows:
             self.queue_seconds.observe(row.queue_s)
             self.adapters.count(row.adapter, row.tokens)
+        self._count_keys(rows)
 
-    def request(self, route: str, status: int, seconds: float) -> None:
-        key = (route, status)
-        if key not in self._of_route:
+    def _count_keys(self, rows: Sequence[Ran]) -> None:
+        used: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+        for row in rows:
+            if row.key:
+                used[row.key][0] += 1
+                used[row.key][1] += row.tokens
+        for key, (count, tokens) in used.items():
+            self.keys.ran(key, count, tokens)
+
+    def request(
+        self, route: str, status: int, seconds: float, code: str = "", key: str = ""
+    ) -> None:
+        """An answer; `code` is an error's, `key` the API key's id where the request came with one.
+
+        Both have few values: the codes of the error table, and the keys of the server's file.
+        """
+        labels = (route, status, code)
+        if labels not in self._of_route:
             count, times = (
-                self.requests.labels(route, str(status)),
+                self.requests.labels(route, str(status), code),
                 self.request_seconds.labels(route),
             )
-            self._of_route[key] = count, times
-        count, times = self._of_route[key]
+            self._of_route[labels] = count, times
+        count, times = self._of_route[labels]
         count.inc()
         times.observe(seconds)
+        if key:
+            self.keys.answered(key, refused=status >= 400)
 
     def exposition(self) -> bytes:
         """The Prometheus text format."""
         return generate_latest(self.registry)
+
+    def own_exposition(self, key: str, patterns: tuple[str, ...], keeps: Keeps) -> bytes:
+        """The same for a key that is limited to adapters: what it used, and what its adapters ran.
+
+        Nothing in it depends on other adapters or other keys, so totals of the process are left
+        out, and its most used adapters are found among its own.
+        """
+        families = [*self.adapters.collect_own(patterns, keeps), *self.keys.collect_own(key)]
+        families += [self._build] if self._build else []
+        return generate_latest(_Families(families))

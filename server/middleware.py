@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.errors import CODE
 from server.logs import FACTS, REQUEST_ID
 from server.metrics import Metrics
 
@@ -64,7 +65,9 @@ def note_answer(
 ) -> None:
     """The metrics and the log line of an answer to what came then (time.monotonic())."""
     seconds = time.monotonic() - began
-    metrics.request(route, status, seconds)
+    state = scope.get("state", {})
+    caller = state.get("caller")
+    metrics.request(route, status, seconds, state.get(CODE, ""), caller.key.id if caller else "")
     if log.isEnabledFor(logging.INFO):
         path = quote(scope["path"])  # no line end of a client's gets into the log
         facts = {"method": scope["method"], "path": path, "route": route, "status": status}

@@ -17,12 +17,13 @@ from server.bodies import is_json
 from server.connection import Refusal
 from server.cors import Cors
 from server.engine.errors import Overloaded
-from server.errors import error_answer
+from server.errors import CODE, error_answer
 from server.guard import may_ask, may_use
 from server.keys import Caller, KeyRing
 from server.middleware import note_answer, request_id_of
 from server.named_path import route_path, split_path
 from server.paths import routed
+from server.rate_headers import rate_headers
 from server.schemas import MAX_ADAPTERS
 from server.state import ServerState
 
@@ -63,7 +64,8 @@ class Shed:
         path = routed(scope["path"], self._state.settings.root_path, scope["method"])
         if scope["method"] != "POST" or route_path(path) not in self._paths:
             return None
-        scope = {**scope, "path": path}  # the connection's own goes the usual way if it passes
+        # The connection's own scope goes the usual way if it passes.
+        scope = {**scope, "path": path, "state": {}}
         references = _references(scope, body, self._state.backbone.id)
         error = self._error(scope, references) if references else None
         return self._told(scope, error, began) if error is not None else None
@@ -75,6 +77,7 @@ class Shed:
             caller = self._keys.caller_of(scope["headers"])
             if caller is None or not _allowed(caller, scope, references):
                 return None
+            scope["state"]["caller"] = caller
         admission = self._state.engine.admission
         try:
             key = caller.key.id if caller else ""
@@ -91,6 +94,9 @@ class Shed:
         headers = [(b"content-type", b"application/json"), (b"x-request-id", request_id)]
         headers += [(name.encode(), value.encode()) for name, value in answer.headers.items()]
         headers += self._cors.headers(scope["headers"])
+        scope["state"][CODE] = error.code
+        caller = scope["state"].get("caller")
+        headers += rate_headers(caller) if caller is not None else []
         facts = {"request_id": request_id.decode()}  # no task's context has it
         route = route_path(scope["path"])
         note_answer(self._state.metrics, scope, route, answer.status, began, lambda: facts)

@@ -73,9 +73,9 @@ class Info(TeiInfo):
     dtype: str
     device: str
     operators: str = Field(description="compiled or torch: what runs between matrix products.")
-    adapters: int = Field(description="How many are registered.")
-    slots: PoolStats
-    leases: int = Field(description="Requests that hold an adapter version now.")
+    adapters: int = Field(description="How many are registered, of those that the key may see.")
+    slots: PoolStats = sometimes("Left out for a key that is limited to some adapters.")
+    leases: int = Field(description="Adapter versions that requests hold now, of the same ones.")
     limits: Limits
 
 

@@ -10,7 +10,7 @@ from server.cli.client import Answer, Server, on_server
 
 def _shown(answer: Answer) -> RenderableType:
     body = answer.body
-    backbone, config, slots = body["backbone"], body["config"], body["slots"]
+    backbone, config, slots = body["backbone"], body["config"], body.get("slots", {})
     heads = [head for head, is_there in backbone["heads"].items() if is_there]
     shape = (
         f"{config['n_layer']} layers, {config['n_embd']} wide, {config['n_head']} heads, "

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from server.cli import tables
+from server.key_patterns import warning_of
 from server.keys import BadKeys, Key, Quota, new_key, read_keys, revoke_key
 from server.settings import default_data_dir
 
@@ -58,6 +59,8 @@ def new(
         )
     except BadKeys as error:
         raise click.ClickException(str(error)) from error
+    for warning in filter(None, map(warning_of, wishes["adapters"])):
+        click.echo(f"warning: {warning}", err=True)
     click.echo(secret)
     click.echo(f"stored, hashed, in {path}", err=True)
 

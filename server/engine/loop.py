@@ -87,7 +87,12 @@ class EngineLoop:
             self.rate.note(tokens, now - max(self._ended, oldest))
         self._ended = now
         ran = [
-            Ran(job.adapter.name if job.adapter else BASE, job.tokens, began - job.admitted)
+            Ran(
+                job.adapter.name if job.adapter else BASE,
+                job.tokens,
+                began - job.admitted,
+                job.key,
+            )
             for job in jobs
         ]
         self.metrics.batch(ran, now - began)

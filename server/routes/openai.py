@@ -132,10 +132,9 @@ def _bytes_answer(answered: Answered, form: EmbeddingForm) -> Response:
 
 
 def as_reference(model: str, state: ServerState) -> str:
-    """The backbone's own id means the backbone, unless an adapter has that very name."""
-    if model == state.backbone.id and not state.library.registry.exists(model):
-        return BASE
-    return model
+    """The backbone's own id always means the backbone: an adapter that was given this very name
+    must not change what others' `model` means."""
+    return BASE if model == state.backbone.id else model
 
 
 @router.get("/models", responses=openai_errors(*READ, *NAMING) | ok(Models))

@@ -1,5 +1,6 @@
 """Health, readiness, metrics, and what is served."""
 
+import asyncio
 import time
 from dataclasses import asdict
 from typing import Any
@@ -12,6 +13,7 @@ from server import __version__
 from server.answer_shapes.operations import EngineState, Health, Info, Readiness
 from server.answers import JSONAnswer
 from server.engine.errors import Draining, NotReady
+from server.guard import check_unconfined, confined_caller
 from server.routes.documented import READ, errors, ok, public_errors
 from server.state import state_of
 from server.tei_info import tei_info
@@ -58,14 +60,23 @@ def _unusable(request: Request) -> dict[str, Any]:
     | {200: {"description": "Done.", "content": {EXPOSITION: {"schema": {"type": "string"}}}}},
 )
 async def metrics(request: Request) -> Response:
-    """Prometheus' text format."""
-    exposition = state_of(request).metrics.exposition()
+    """Prometheus' text format. A key that is limited to some adapters gets what these adapters ran
+    and what the key itself used, and no totals of the server.
+    """
+    metrics, confined = state_of(request).metrics, confined_caller(request)
+    if confined is None:
+        exposition = metrics.exposition()
+    else:
+        key = confined.key
+        exposition = metrics.own_exposition(key.id, key.adapters, key.may_use)
     return Response(exposition, media_type=EXPOSITION)
 
 
 @router.get("/info", responses=errors(*READ) | ok(Info))
 async def info(request: Request) -> Response:
-    """The backbone, its config, where and in which dtype it runs, and the limits."""
+    """The backbone, its config, where and in which dtype it runs, and the limits. For a key that is
+    limited to some adapters `adapters` and `leases` count these alone, and `slots` is left out.
+    """
     state = state_of(request)
     backbone, settings = state.backbone, state.settings
     limits = settings.model_dump(
@@ -92,18 +103,28 @@ async def info(request: Request) -> Response:
             "dtype": state.dtype,
             "device": state.device,
             "operators": state.operators,
-            "adapters": state.library.registry.count(),
-            "slots": asdict(state.library.slots.stats()),
-            "leases": state.library.leases.total,
             "limits": limits | {"block_size": backbone.config.block_size},
         }
+        | await _adapter_counts(request)
         | tei_info(request)
     )
 
 
+async def _adapter_counts(request: Request) -> dict[str, Any]:
+    """How many adapters there are, and where: of all, or of those that the key may see."""
+    library, confined = state_of(request).library, confined_caller(request)
+    if confined is None:
+        slots, leases = asdict(library.slots.stats()), library.leases.total
+        return {"adapters": library.registry.count(), "slots": slots, "leases": leases}
+    names = await asyncio.to_thread(library.registry.creation_times)
+    own = [name for name in names if confined.key.may_use(name)]
+    return {"adapters": len(own), "leases": sum(map(library.leases.of_name, own))}
+
+
 @router.get("/debug/engine", responses=errors(*READ) | ok(EngineState))
 async def debug_engine(request: Request) -> Response:
-    """Queue, slots and leases right now; an admin's."""
+    """Queue, slots and leases right now, for an admin's key that is not limited to adapters."""
+    check_unconfined(request)
     state = state_of(request)
     engine = state.engine
     since = engine.loop.busy_since

@@ -1,7 +1,6 @@
 """POST /v1/load_lora_adapter and /v1/unload_lora_adapter: vLLM's shapes, from one folder only."""
 
 import asyncio
-import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -13,16 +12,17 @@ from starlette.responses import Response
 from adapters.conditions import MUST_BE_NEW, UNCONDITIONAL
 from adapters.errors import Conflict
 from adapters.library import Library, Upload
-from adapters.peft import TENSOR_FILE, PeftFolder
-from adapters.peft_config import CONFIG_FILE, MAX_CONFIG_BYTES
+from adapters.peft import PeftFolder
+from adapters.peft_config import MAX_CONFIG_BYTES
 from server.answer_shapes.adapters import LoadedLora, UnloadedLora
 from server.answers import JSONAnswer, adapter_entry
 from server.arrivals import Published, publish_folder
 from server.bodies import read_json
 from server.engine.errors import BadInput, Draining
-from server.errors import RequestError
-from server.guard import check_adapter
+from server.guard import check_adapter, confined_caller
+from server.import_root import ImportRoot
 from server.routes import adapter_documents as says
+from server.routes.adapters import who
 from server.routes.documented import BODY, UPLOAD, json_body, ok, openai_errors
 from server.schemas import LoadLoraRequest, UnloadLoraRequest
 from server.state import state_of
@@ -42,16 +42,19 @@ router = APIRouter(prefix="/v1", tags=["adapters"])
 async def load_lora_adapter(request: Request) -> Response:
     """Publish an adapter file or a PEFT folder below the import root under a name.
 
-    A name that exists is refused with 400, as vLLM does, unless `load_inplace` is true.
+    A name that exists is refused with 400, as vLLM does, unless `load_inplace` is true. A key that
+    is limited to some adapters reads only paths that its patterns match, without their suffix.
     """
     state = state_of(request)
     body = await read_json(request, LoadLoraRequest, state.settings.max_body_bytes)
     if state.draining:
         raise Draining("the server is stopping", retry_after_s=5)
     check_adapter(request, body.lora_name)
-    found = await asyncio.to_thread(_confined, body.lora_path, state.settings.import_root)
+    confined = confined_caller(request)
+    root = ImportRoot(state.settings.import_root, confined.key.may_use if confined else None)
+    found = await asyncio.to_thread(root.find, body.lora_path)
     condition = UNCONDITIONAL if body.load_inplace else MUST_BE_NEW
-    wanted = Upload(body.lora_name, "load_lora_adapter", condition=condition)
+    wanted = Upload(body.lora_name, who(request), condition=condition)
     published = await _publish(state.library, wanted, found, state.settings.max_adapter_bytes)
     answer = {"status": "success"} | (adapter_entry(published.version) or {})
     answer |= {} if published.converted is None else {"converted": published.converted}
@@ -70,50 +73,8 @@ async def unload_lora_adapter(request: Request) -> Response:
     state = state_of(request)
     body = await read_json(request, UnloadLoraRequest, state.settings.max_body_bytes)
     check_adapter(request, body.lora_name)
-    in_flight = await asyncio.to_thread(
-        state.library.remove, body.lora_name, None, "unload_lora_adapter"
-    )
+    in_flight = await asyncio.to_thread(state.library.remove, body.lora_name, None, who(request))
     return JSONAnswer({"status": "success", "in_flight": in_flight}, 202 if in_flight else 200)
-
-
-def _confined(lora_path: str, root: Path | None) -> Path | tuple[Path, Path]:
-    """The file that lora_path means below the root, links followed; a folder's one file in it.
-
-    Of a PEFT folder its two files: the configuration and the tensors.
-
-    Raises RequestError; what is outside is told from what is missing by no answer.
-    """
-    if root is None:
-        raise RequestError("forbidden", "no import root is configured: set --import-root")
-    if "\0" in lora_path:
-        raise BadInput("lora_path has a NUL")
-    path = _below(root, root / lora_path)
-    if os.path.isfile(path / CONFIG_FILE):
-        config, tensors = (_file(root, path / name) for name in (CONFIG_FILE, TENSOR_FILE))
-        return config, tensors
-    if os.path.isdir(path):
-        files = list(path.glob("*.safetensors"))
-        if len(files) != 1:
-            raise BadInput("a folder must have one safetensors file to be loaded")
-        path = files[0]
-    return _file(root, path)
-
-
-def _file(root: Path, path: Path) -> Path:
-    found = _below(root, path)
-    if not os.path.isfile(found):
-        raise BadInput("lora_path is not a file below the import root, or a PEFT folder lacks one")
-    return found
-
-
-def _below(root: Path, path: Path) -> Path:
-    try:
-        resolved = path.resolve()
-    except RuntimeError:  # a loop of links
-        resolved = Path()
-    if not resolved.is_relative_to(root.resolve()):
-        raise RequestError("forbidden", "lora_path leads out of the import root")
-    return resolved
 
 
 async def _publish(

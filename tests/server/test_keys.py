@@ -15,6 +15,7 @@ from conftest import Serve, Served, start_server
 from server.cli import main
 from server.guard import PUBLIC, is_public, needed
 from server.keys import BadKeys, Bucket, KeyRing, Quota, new_key, read_keys, revoke_key
+from server.rate_headers import duration
 
 BODY = {"adapter": "plain", "inputs": "abc"}
 
@@ -180,6 +181,53 @@ def test_a_used_up_quota_is_429_with_the_time_to_wait(
         assert details["key"]["id"] == requests["authorization"].split("_")[1]
         for status in (200, 200, 429):  # 3 tokens of 5, then one request overdraws
             assert client.post("/encode", json=BODY, headers=tokens).status_code == status
+
+
+def test_answers_to_a_key_with_quotas_say_what_is_left_by_openai_s_names(
+    keyed: tuple[Served, dict[str, str]], ring: Path
+) -> None:
+    served, admin = keyed
+    own = make(ring, "--quota", "3/h", "--token-quota", "60/h", "--scope", "infer")
+    with served.client(headers=own) as client:
+        wait_until(lambda: client.get("/nowhere").status_code != 401)
+        told = []
+        for _ in range(4):
+            answer = client.post("/encode", json=BODY)
+            told.append((answer.status_code, int(answer.headers["x-ratelimit-remaining-requests"])))
+            assert answer.headers["x-ratelimit-limit-requests"] == "3"
+            assert answer.headers["x-ratelimit-limit-tokens"] == "60"
+            assert re.fullmatch(r"\d+m\d+s|1h0m0s", answer.headers["x-ratelimit-reset-requests"])
+        assert told == [(200, 2), (200, 1), (200, 0), (429, 0)]
+        assert 1 <= int(answer.headers["retry-after"]) <= 1200
+        assert answer.headers["x-ratelimit-remaining-tokens"] == "51"  # three texts of 3
+        assert re.fullmatch(r"[89]m\d+s", answer.headers["x-ratelimit-reset-tokens"])
+    with served.client(headers=admin) as client:
+        assert not [name for name in client.get("/adapters").headers if "ratelimit" in name]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        *((0, "0s"), (0.0004, "1ms"), (0.12, "120ms"), (1, "1s"), (1.2, "2s"), (59.5, "1m0s")),
+        *((360, "6m0s"), (3600, "1h0m0s"), (7325, "2h2m5s")),
+    ],
+)
+def test_a_reset_is_written_as_openai_writes_it(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_a_pattern_that_matches_more_than_a_namespace_is_warned_of(file: Path) -> None:
+    def warned(*patterns: str) -> str:
+        options = [word for pattern in patterns for word in ("--adapters", pattern)]
+        done = CliRunner().invoke(main, ["keys", "--file", str(file), "new", *options])
+        assert done.exit_code == 0
+        assert done.stdout.startswith("tl_")
+        return done.stderr
+
+    assert "acme-other/x too; acme/* is the namespace acme alone" in warned("acme*")
+    assert "acme/to-other too" in warned("acme/to*")
+    for pattern in ("acme/*", "acme", "*/tone", "*", "acme/tone", "acme/[ab]"):
+        assert "warning" not in warned(pattern), pattern
 
 
 def test_a_refused_request_costs_no_tokens(

@@ -15,7 +15,7 @@ import pytest
 from conftest import Serve, Served
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.top import OTHER, TopAdapters
+from server.top import OTHER, TopAdapters, TopKeys
 
 IDS = [20, 21, 22]
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -69,6 +69,60 @@ def test_the_most_used_adapters_are_told_apart_and_no_series_goes_down() -> None
         assert rows[OTHER] >= seen.get(OTHER, 0)
         assert all(rows[name] >= seen[name] for name in set(rows) & set(seen) - {OTHER})
         seen = rows
+
+
+def test_memory_of_names_is_bounded_and_no_sum_changes_by_it() -> None:
+    top = TopAdapters(most=5, many=40)
+    rows_so_far = []
+    for name in range(500):
+        top.count(f"short-{name}", 2)
+        top.count("long", 3)
+        if name % 7 == 0:
+            rows_so_far.append(sum(s.value for s in next(iter(top.collect())).samples))
+    rows, tokens = (sum(s.value for s in m.samples) for m in top.collect())
+    assert (rows, tokens) == (1000, 2500)
+    assert rows_so_far == [2 * (name + 1) for name in range(0, 500, 7)]
+    assert len(top.usage._totals) <= 40
+    assert all(len(view._seen) <= 40 for view in top.usage._views.values())
+
+
+def test_series_of_a_limited_key_do_not_depend_on_others_and_never_go_down() -> None:
+    top, alone = TopAdapters(most=2), TopAdapters(most=2)
+    for round_ in range(20):
+        for name, rows in (("acme/a", 1), ("acme/b", 2), ("acme/c", round_)):
+            for _ in range(rows):
+                top.count(name, 1)
+                alone.count(name, 1)
+        for other in range(round_):
+            top.count(f"zeta/{other}", 1)
+        own, same = (
+            {s.labels["adapter"]: s.value for m in each for s in m.samples}
+            for each in (
+                top.collect_own(("acme/*",), lambda name: name.startswith("acme/")),
+                alone.collect(),
+            )
+        )
+        assert own == same
+        list(top.collect())
+
+
+def test_a_revoked_key_s_usage_goes_to_other_and_no_key_has_a_series_for_ever() -> None:
+    top, live = TopKeys(most=3), {"a": "one", "b": "two"}
+    top.names = lambda: live
+    for key in live:
+        top.answered(key, refused=key == "b")
+        top.ran(key, 2, 7)
+    before = {(s.name, s.labels["key"]): s.value for m in top.collect() for s in m.samples}
+    assert before["trunkline_key_refusals_total", "b"] == 1
+    del live["b"]
+    after = {(s.name, s.labels["key"]): s.value for m in top.collect() for s in m.samples}
+    assert {key for _, key in after} == {"a", OTHER}
+    for what, value in (("requests", 1), ("refusals", 1), ("rows", 2), ("tokens", 7)):
+        assert after[f"trunkline_key_{what}_total", OTHER] == value
+    for key in range(10):
+        live[f"k{key}"] = "more"
+        top.answered(f"k{key}", refused=False)
+    assert len({s.labels["key"] for m in top.collect() for s in m.samples}) == 4
 
 
 def test_log_lines_are_json_with_the_request_id_of_the_answer(

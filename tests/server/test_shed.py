@@ -207,7 +207,10 @@ def test_what_is_shed_is_counted_and_takes_from_the_key_s_quota(
             assert server.tasks == 0
             second = await server.ask(PLAIN, key="one")
             assert second.code == "quota_exceeded"
-            assert server.metric("requests_total", route="/encode", status="503") == 1
+            assert (
+                server.metric("requests_total", route="/encode", status="503", code="overloaded")
+                == 1
+            )
             assert server.metric("request_seconds_count", route="/encode") == 1
 
     asyncio.run(ask())
