@@ -60,10 +60,15 @@ class Name:
         if self._in_use:
             await self._unused.wait()
 
-    def uploaded(self, digest: str, number: int, sent: float, answered: float) -> None:
-        for meaning in self.meanings:
-            meaning.until = min(meaning.until, answered)
+    def sends(self, digest: str, sent: float) -> None:
+        """An upload begins: answers may be of it before its own answer is there."""
         self.meanings.append(Meaning(digest, sent))
+
+    def uploaded(self, digest: str, number: int, answered: float) -> None:
+        """The upload was answered: what it replaces may not be meant by later requests."""
+        for meaning in self.meanings:
+            if meaning.digest != digest:
+                meaning.until = min(meaning.until, answered)
         self.versions.append(number)
 
 
@@ -121,7 +126,7 @@ class Fleet:
         """A live name that has a version; a steady one half of the time."""
         some = self.steady if self._dice.random() < 0.5 or not self.passing else self.passing
         name = some[self._dice.randrange(len(some))]
-        return name if name.meanings else None
+        return name if name.versions else None
 
     def to_change(self) -> Name | None:
         """A live name that no upload is under way for."""

@@ -25,7 +25,9 @@ TEXTS = (
 )
 METADATA = "x-trunkline-metadata"
 ALIKE = 0.99  # cosine of two answers for one text by one weight set; of two sets it is far below
-MOST_UNDER_WAY = 48  # inference requests; what is due beyond is left out and counted
+# Under way at once of each kind; what is due beyond is left out and counted, so that on a busy
+# machine this client does not pile up work of its own.
+MOST_ASKED, MOST_SWAPS, MOST_ODD = 48, 6, 4
 
 
 class Traffic:
@@ -39,7 +41,6 @@ class Traffic:
         self._files, self._fleet, self._dice = files, fleet, dice
         self._weights: dict[str, int] = {}  # by digest, of the newest files
         self._seen: dict[tuple[int, int], np.ndarray] = {}  # (weights, text) -> unit vector
-        self._under_way = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopped = asyncio.Event()
         odd = [self._pin, self._alias, self._read, self._tokenize, self._critic, self._load]
@@ -52,9 +53,9 @@ class Traffic:
         for name in self._fleet.steady:
             await self._upload(name)
         async with asyncio.TaskGroup() as loops:
-            loops.create_task(self._every(rate, self._ask))
-            loops.create_task(self._every(swaps, self._swap))
-            loops.create_task(self._every(odd, self._odd))
+            loops.create_task(self._every(rate, self._ask, MOST_ASKED))
+            loops.create_task(self._every(swaps, self._swap, MOST_SWAPS))
+            loops.create_task(self._every(odd, self._odd, MOST_ODD))
         if self._tasks:
             await asyncio.wait(self._tasks)
         self.wire.close()
@@ -62,9 +63,9 @@ class Traffic:
     def stop(self) -> None:
         self._stopped.set()
 
-    async def _every(self, rate: float, action: Callable[[], Awaitable[None]]) -> None:
-        """Start the action when it is due, whatever became of those before it."""
-        begins = time.monotonic()
+    async def _every(self, rate: float, action: Callable[[], Awaitable[None]], most: int) -> None:
+        """Start the action when it is due, unless `most` are under way."""
+        begins, under_way = time.monotonic(), set[asyncio.Task[None]]()
         for number in itertools.count():
             wait = begins + number / rate - time.monotonic()
             if wait < -1.0:  # this process did not run for a while: what was due then is left out
@@ -73,9 +74,13 @@ class Traffic:
                 await asyncio.wait_for(self._stopped.wait(), max(0.0, wait))
                 return
             except TimeoutError:
+                if len(under_way) >= most:
+                    self.wire.counts["left out"] += 1
+                    continue
                 task = asyncio.create_task(self._guarded(action))
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
+                for tasks in (under_way, self._tasks):
+                    tasks.add(task)
+                    task.add_done_callback(tasks.discard)
 
     async def _guarded(self, action: Callable[[], Awaitable[None]]) -> None:
         try:
@@ -86,18 +91,10 @@ class Traffic:
     # Inference.
 
     async def _ask(self) -> None:
-        if self._under_way >= MOST_UNDER_WAY:
-            self.wire.counts["left out"] += 1
-            return
         name = self._fleet.any()
-        if name is None:
-            return
-        self._under_way += 1
-        try:
+        if name is not None:
             with name.used():
                 await self._ask_name(name, self._dice.randrange(len(TEXTS)))
-        finally:
-            self._under_way -= 1
 
     async def _ask_name(self, name: Name, text: int) -> None:
         body = {"adapter": name.name, "inputs": TEXTS[text]}
@@ -130,19 +127,28 @@ class Traffic:
             name = self._fleet.new_name()
             if await self._upload(name):
                 self._fleet.passing.append(name)
-            await self._delete_oldest()
+            while await self._delete_oldest():
+                pass
             return
         name = self._fleet.to_change() or self._fleet.new_name()
         await self._upload(name)
         while len(name.versions) > KEPT_VERSIONS:
-            number = name.versions.pop(0)
+            number = name.versions[0]
             path = f"/adapters/{name.name}/versions/{number}"
-            await self.wire.demand(request("DELETE", path, self._admin), {200, 202})
+            # 404: an earlier answer to this was lost
+            if (
+                await self.wire.demand(request("DELETE", path, self._admin), {200, 202, 404})
+                is None
+            ):
+                return  # it is deleted with the next upload
+            if number in name.versions:
+                name.versions.remove(number)
 
     async def _upload(self, name: Name) -> bool:
         file = self._files.next()
         self._remember(file.digest, file.weights)
-        name.changing, sent = True, time.monotonic()
+        name.changing = True
+        name.sends(file.digest, time.monotonic())
         try:
             put = request("PUT", f"/adapters/{name.name}", self._admin, file.data, OCTETS)
             answer = await self.wire.demand(put, {200, 201})
@@ -151,7 +157,7 @@ class Traffic:
         if answer is None:
             return False
         number = json.loads(answer.body)["version"]
-        name.uploaded(file.digest, number, sent, time.monotonic())
+        name.uploaded(file.digest, number, time.monotonic())
         self.wire.counts["uploads"] += 1
         return True
 
@@ -160,17 +166,20 @@ class Traffic:
         while len(self._weights) > 8192:  # far more than can live
             del self._weights[next(iter(self._weights))]
 
-    async def _delete_oldest(self) -> None:
+    async def _delete_oldest(self) -> bool:
+        """Whether a name was deleted: one more than should live, with all its versions."""
         name = self._fleet.oldest()
         if name is None:
-            return
+            return False
         await name.until_unused()
         path = f"/adapters/{name.name}"
         answer = await self.wire.demand(request("DELETE", path, self._admin), {200, 202})
         if answer is None:  # refused: it is still there, and is deleted later
             self._fleet.passing.append(name)
-        elif self._dice.random() < 0.2:
+            return False
+        if self._dice.random() < 0.2:
             await self.wire.demand(request("GET", path, self._admin), {404})
+        return True
 
     # Everything else, one a turn.
 
