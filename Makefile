@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup serve test lint format check crash soak bench loadtest overload fuzz restarts attack clients audit docs-page docs image-test deploy-test demo demo-setup demo-data demo-train demo-evaluate
+.PHONY: setup serve test lint format check crash soak bench loadtest overload soak-hour fuzz restarts attack clients audit docs-page docs image-test deploy-test demo demo-setup demo-data demo-train demo-evaluate
 
 setup: $(STAMP)
 
@@ -40,6 +40,9 @@ soak: setup ## 1,000 swaps under traffic, long state machines and fuzzing (about
 	SWAPS=1000 $(BIN)/python -m pytest tests/server/test_swaps.py
 	STATE_EXAMPLES=300 STATE_STEPS=60 $(BIN)/python -m pytest tests/adapters/test_library_states.py
 	FUZZ_EXAMPLES=20000 $(BIN)/python -m pytest tests/adapters/test_format.py
+
+soak-hour: setup ## an hour of swaps under traffic (SOAK_S seconds, SOAK_SWAPS a second): soak.csv, soak.svg, soak.md
+	$(BIN)/python -m loadtest.soak --out soak $(ARGS)
 
 FUZZ_S ?= 120
 
