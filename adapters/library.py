@@ -339,8 +339,10 @@ class Library:
         incoming = self.store.incoming()
         try:
             incoming.write(data)
-            if not self.registry.knows(seed.name, incoming.digest):
+            digest = incoming.digest
+            if not self.registry.knows(seed.name, digest):
                 self.publish(Upload(seed.name, who=f"file {file}"), incoming)
+            self.registry.saw_file(seed.name, digest)
         finally:
             incoming.discard()
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from adapters import history
 from adapters.conditions import UNCONDITIONAL, Condition
 from adapters.database import Database
 from adapters.errors import Damaged, NotFound, VersionNotFound
@@ -32,8 +33,14 @@ class Registry:
     """One file. Reads go through a connection of each thread's own, writes one at a time."""
 
     def __init__(self, path: Path) -> None:
-        self._database = Database(path, SCHEMA)
+        self._database = Database(path, SCHEMA + history.SCHEMA)
         self._resolved = Resolved(self.read)
+        self._prepare_history()
+
+    def _prepare_history(self) -> None:
+        if not self._rows("SELECT 1 FROM floors LIMIT 1"):
+            with self.writing() as connection:
+                history.prepare(connection)
 
     def close(self) -> None:
         self._database.close()
@@ -85,10 +92,20 @@ class Registry:
         return bool(rows)
 
     def knows(self, name: str, digest: str) -> bool:
-        """Whether the digest was ever a version of the name, deleted or not."""
-        return bool(
-            self._rows("SELECT 1 FROM versions WHERE name = ? AND digest = ?", name, digest)
-        )
+        """Whether the digest is a version of the name, or was one that is remembered.
+
+        Remembered are the last that were deleted, and every file that `saw_file` was told of.
+        """
+        query = "SELECT 1 FROM {} WHERE name = ? AND digest = ?"
+        tables = ("versions", "folder_files")
+        return any(self._rows(query.format(table), name, digest) for table in tables)
+
+    def saw_file(self, name: str, digest: str) -> None:
+        """Remember for good that a file of the adapter folder is or was a version of the name."""
+        known = "SELECT 1 FROM folder_files WHERE name = ? AND digest = ?"
+        if not self._rows(known, name, digest):
+            with self.writing() as connection:
+                history.saw_file(connection, name, digest)
 
     def named(self, name: str) -> Named:
         """Raises NotFound, and BadName, which does not repeat the name as NotFound does."""
@@ -210,11 +227,12 @@ class Registry:
         for known in {self._current(name), None if activate else latest}:
             if known and self._digest(name, known) == blob.digest:
                 return known, False
-        number = last + 1
+        number = max(last, history.last_number(connection, name)) + 1
         connection.execute(
             "INSERT INTO versions (name, number, digest, created_at) VALUES (?, ?, ?, ?)",
             (name, number, blob.digest, time.time()),
         )
+        history.added(connection, name)
         if activate:
             self._move(connection, name, CURRENT, number)
         self._log(connection, who, "put", name, version=number, digest=blob.digest)
@@ -274,6 +292,7 @@ class Registry:
                     (name, version.number),
                 )
                 self._log(connection, who, "delete", name, version=version.number)
+            history.removed(connection, name)
             return list(versions)
 
     def forget_blob(self, connection: sqlite3.Connection, digest: str) -> bool:
@@ -336,10 +355,10 @@ class Registry:
 
     def _move(self, connection: sqlite3.Connection, name: str, alias: str, number: int) -> None:
         connection.execute(
-            """INSERT INTO pointers (name, alias, number, generation) VALUES (?, ?, ?, 1)
+            """INSERT INTO pointers (name, alias, number, generation) VALUES (?, ?, ?, ?)
             ON CONFLICT (name, alias) DO UPDATE SET generation = generation + 1,
             previous = number, number = excluded.number""",
-            (name, alias, number),
+            (name, alias, number, history.last_generation(connection, name) + 1),
         )
 
     def _log(
@@ -349,3 +368,4 @@ class Registry:
             "INSERT INTO audit (at, who, action, name, detail) VALUES (?, ?, ?, ?, ?)",
             (time.time(), who, action, name, json.dumps(detail)),
         )
+        history.trim_audit(connection, name)
