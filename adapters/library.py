@@ -6,8 +6,6 @@ Every operation either happened, and is on the disk, or changed nothing.
 import fcntl
 import logging
 import os
-import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -38,6 +36,7 @@ from adapters.residency import Residency, use_of
 from adapters.seeds import Seed, Unusable, printable, seeds_in
 from adapters.slots import SlotPool
 from adapters.store import BlobStore, Incoming
+from adapters.usage import Usage, UsageBook
 from adapters.validate import MAX_RANK, validate
 from adapters.versions import Named, Record, Version
 from model.checkpoint import Backbone
@@ -56,14 +55,6 @@ class Upload:
     activate: bool = True
     allow_zero: bool = False
     condition: Condition = UNCONDITIONAL
-
-
-@dataclass
-class Usage:
-    """Of one name, since the start of the process."""
-
-    requests: int = 0
-    last_used: float | None = None  # seconds since 1970
 
 
 class Library:
@@ -94,8 +85,7 @@ class Library:
         self._collector = Collector(self.registry, self.store, self.leases.of_digest)
         self.slots = slots(self._read)
         self._housekeeper = ThreadPoolExecutor(1, "housekeeper")
-        self._usage: dict[str, Usage] = {}
-        self._usage_lock = threading.Lock()
+        self._usage = UsageBook()
         self.unusable: list[Unusable] = []  # files that seed() could not publish
         for digest in self.registry.unused():
             self._collect_soon(digest)  # deletes that a stop cut off
@@ -147,35 +137,22 @@ class Library:
         Its load, on the account of the API key, begins where it is not resident.
         """
         version, lease = self.residency.lease(reference, key)
-        self._count(version.name)
+        self._usage.count(version.name)
         return version, lease
 
-    def _count(self, name: str) -> None:
-        with self._usage_lock:
-            usage = self._usage.setdefault(name, Usage())
-            usage.requests += 1
-            usage.last_used = time.time()
-
     def usage(self, name: str) -> Usage:
-        return self._usage.get(name, Usage())
+        return self._usage.of(name)
 
     def page(self, wanted: Wanted) -> tuple[list[Named], str | None]:
         """A page of the list and the cursor of the next, None at the end. Raises BadCursor."""
         more = replace(wanted, limit=wanted.limit + 1)
         rows = self.registry.rows_of_page(more)
         if wanted.sort in ("used", "requests"):
-            counts = self._counts(wanted.sort == "used")
+            counts = self._usage.values(of_last_use=wanted.sort == "used")
             rows = page_by_count([name for name, _ in rows], counts, more)
         shown = rows[: wanted.limit]
         cursor = wanted.cursor(shown[-1][1], shown[-1][0]) if len(rows) > wanted.limit else None
         return self.registry.named_all([name for name, _ in shown]), cursor
-
-    def _counts(self, of_last_use: bool) -> dict[str, float]:
-        with self._usage_lock:
-            return {
-                name: (usage.last_used or 0.0) if of_last_use else usage.requests
-                for name, usage in self._usage.items()
-            }
 
     # Administration. These wait for the disk; none is to be called on the event loop.
 
@@ -253,6 +230,8 @@ class Library:
         Its memory and its file are freed when the last of them is answered.
         """
         removed = self.registry.remove(name, number, who, condition)
+        if not self.registry.exists(name):
+            self._usage.forget(name)
         in_flight = self.residency.forget(removed)
         for digest in {version.digest for version in removed}:
             self.leases.when_drained(digest, partial(self._collect_soon, digest))
@@ -318,8 +297,10 @@ class Library:
         incoming = self.store.incoming()
         try:
             incoming.write(data)
-            if not self.registry.knows(seed.name, incoming.digest):
+            digest = incoming.digest
+            if not self.registry.knows(seed.name, digest):
                 self.publish(Upload(seed.name, who=f"file {file}"), incoming)
+            self.registry.saw_file(seed.name, digest)
         finally:
             incoming.discard()
 

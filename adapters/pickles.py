@@ -1,17 +1,17 @@
 """Checkpoints of torch.save and meta.pkl, read as plain data: nothing in them is ever run."""
 
+import io
 import pickle
-import re
-import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from adapters.errors import ImportRefused
+from adapters.pickle_scan import Bytes, Immodest, scan
+from adapters.torch_file import AsksForCode, read_torch_file
 
+MAX_META_BYTES = 64 << 20
 _AS_PLAIN = "save it again with tensors, numbers, strings, lists and dicts alone"
 
 
@@ -19,11 +19,10 @@ def load_checkpoint(path: Path) -> Mapping[str, Any]:
     """What torch.save wrote, zipped or in the old form. Raises ImportRefused."""
     _demand_file(path)
     try:
-        with warnings.catch_warnings(
-            action="ignore"
-        ):  # of the pickle's protocol; it is read or not
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever its unpickler met
+        saved = read_torch_file(path)
+    except OSError as error:
+        raise ImportRefused(f"{path} can't be read: {error.strerror or error}") from error
+    except Exception as error:  # an unpickler raises nearly anything
         raise ImportRefused(f"{path} {_what_is_wrong(path, error)}") from error
     if not isinstance(saved, Mapping):
         raise ImportRefused(
@@ -37,12 +36,17 @@ def load_meta(path: Path) -> Mapping[str, Any]:
     """The data set's meta.pkl. Raises ImportRefused."""
     _demand_file(path)
     try:
-        with path.open("rb") as file:
-            meta = _PlainUnpickler(file).load()
+        if path.stat().st_size > MAX_META_BYTES:
+            raise ImportRefused(f"has more than {MAX_META_BYTES} bytes; a vocabulary has fewer")
+        data = path.read_bytes()
+        scan(Bytes(memoryview(data)))
+        meta = _PlainUnpickler(io.BytesIO(data)).load()
     except OSError as error:
         raise ImportRefused(f"{path} can't be read: {error.strerror or error}") from error
     except ImportRefused as error:
         raise ImportRefused(f"{path} {error}") from error
+    except Immodest as error:
+        raise ImportRefused(f"{path} is no meta.pkl of a data set: {error}") from error
     except Exception as error:  # a broken pickle raises nearly anything
         raise ImportRefused(
             f"{path} is not a pickle file; --meta is the meta.pkl that the data set's prepare "
@@ -73,11 +77,8 @@ def _demand_file(path: Path) -> None:
 
 
 def _what_is_wrong(path: Path, error: Exception) -> str:
-    asked = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(
-        r"`?([\w.]+)`? was not an allowed", str(error)
-    )
-    if asked:
-        return f"asks for {asked[1]}, and only plain tensors are read; {_AS_PLAIN}"
+    if isinstance(error, AsksForCode):
+        return f"asks for {error.name[:100]}, and only plain tensors are read; {_AS_PLAIN}"
     with path.open("rb") as file:
         first = file.read(9)
     if first[8:9] == b"{":
@@ -86,9 +87,11 @@ def _what_is_wrong(path: Path, error: Exception) -> str:
             "import: `trunkline adapters push` uploads it"
         )
     damaged = "; it is damaged or cut off" if zipfile.is_zipfile(path) or first[:2] == b"PK" else ""
-    return f"is not a checkpoint of torch.save{damaged}"
+    why = f" ({error})" if damaged and isinstance(error, Immodest) else ""
+    return f"is not a checkpoint of torch.save{damaged}{why}"
 
 
 class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        raise ImportRefused(f"asks for {module}.{name}, and only plain values are read")
+        asked = f"{module}.{name}"[:100]
+        raise ImportRefused(f"asks for {asked}, and only plain values are read")

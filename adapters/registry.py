@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from adapters import history
 from adapters.conditions import UNCONDITIONAL, Condition
 from adapters.database import Database
 from adapters.errors import Damaged, NotFound, VersionNotFound
@@ -36,9 +37,15 @@ class Registry:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._database = Database(path, SCHEMA)
+        self._database = Database(path, SCHEMA + history.SCHEMA)
         self._resolved = Resolved(self.read)
         self.mark = Mark(mark_of(path), self.commits())
+        self._prepare_history()
+
+    def _prepare_history(self) -> None:
+        if not self._rows("SELECT 1 FROM floors LIMIT 1"):
+            with self.writing() as connection:
+                history.prepare(connection)
 
     def close(self) -> None:
         self._database.close()
@@ -110,10 +117,20 @@ class Registry:
         return bool(rows)
 
     def knows(self, name: str, digest: str) -> bool:
-        """Whether the digest was ever a version of the name, deleted or not."""
-        return bool(
-            self._rows("SELECT 1 FROM versions WHERE name = ? AND digest = ?", name, digest)
-        )
+        """Whether the digest is a version of the name, or was one that is remembered.
+
+        Remembered are the last that were deleted, and every file that `saw_file` was told of.
+        """
+        query = "SELECT 1 FROM {} WHERE name = ? AND digest = ?"
+        tables = ("versions", "folder_files")
+        return any(self._rows(query.format(table), name, digest) for table in tables)
+
+    def saw_file(self, name: str, digest: str) -> None:
+        """Remember for good that a file of the adapter folder is or was a version of the name."""
+        known = "SELECT 1 FROM folder_files WHERE name = ? AND digest = ?"
+        if not self._rows(known, name, digest):
+            with self.writing() as connection:
+                history.saw_file(connection, name, digest)
 
     def named(self, name: str) -> Named:
         """Raises NotFound, and BadName, which does not repeat the name as NotFound does."""
@@ -246,11 +263,12 @@ class Registry:
         for known in {self._current(name), None if activate else latest}:
             if known and self._digest(name, known) == blob.digest:
                 return known, False
-        number = last + 1
+        number = max(last, history.last_number(connection, name)) + 1
         connection.execute(
             "INSERT INTO versions (name, number, digest, created_at) VALUES (?, ?, ?, ?)",
             (name, number, blob.digest, time.time()),
         )
+        history.added(connection, name)
         if activate:
             self._move(connection, name, CURRENT, number)
         self._log(connection, who, "put", name, version=number, digest=blob.digest)
@@ -310,6 +328,7 @@ class Registry:
                     (name, version.number),
                 )
                 self._log(connection, who, "delete", name, version=version.number)
+            history.removed(connection, name)
             return list(versions)
 
     def forget_blob(self, connection: sqlite3.Connection, digest: str) -> bool:
@@ -366,10 +385,10 @@ class Registry:
 
     def _move(self, connection: sqlite3.Connection, name: str, alias: str, number: int) -> None:
         connection.execute(
-            """INSERT INTO pointers (name, alias, number, generation) VALUES (?, ?, ?, 1)
+            """INSERT INTO pointers (name, alias, number, generation) VALUES (?, ?, ?, ?)
             ON CONFLICT (name, alias) DO UPDATE SET generation = generation + 1,
             previous = number, number = excluded.number""",
-            (name, alias, number),
+            (name, alias, number, history.last_generation(connection, name) + 1),
         )
 
     def _log(
@@ -379,6 +398,7 @@ class Registry:
             "INSERT INTO audit (at, who, action, name, detail) VALUES (?, ?, ?, ?, ?)",
             (time.time(), who, action, name, json.dumps(detail)),
         )
+        history.trim_audit(connection, name)
 
     # For tables that are kept elsewhere: adapters/pin_table.py.
     rows, note = _rows, _log

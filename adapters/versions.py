@@ -3,9 +3,9 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 from adapters.names import CURRENT
+from adapters.records import ParsedTexts
 from adapters.validate import Manifest
 
 
@@ -66,7 +66,5 @@ class Named:
         return next((version for version in self.versions if version.number == at), None)
 
 
-@lru_cache(maxsize=4096)
-def parse_record(text: str) -> Record:
-    """Record.from_json, remembered: the record of a digest never changes."""
-    return Record.from_json(text)
+# Record.from_json, remembered: the record of a digest never changes.
+parse_record = ParsedTexts(Record.from_json)

@@ -24,6 +24,12 @@ TENSOR_FILE = "backbone.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
 CALIBRATION_FILE = "calibration.json"
 
+_AGREE = f"it must have the tensors that {CONFIG_FILE} describes: take both from one backbone"
+MAX_JSON_BYTES = 1 << 20  # of config.json and calibration.json
+MAX_TOKENIZER_BYTES = 256 << 20
+MAX_HEADER_BYTES = 8 << 20  # of the tensor file
+LEAST_BYTES = 2  # of a value in a dtype that is served
+
 _AS_FOLDER = "`trunkline import` makes a backbone folder of a training checkpoint"
 
 Shape = tuple[int, ...]
@@ -139,8 +145,11 @@ def read_backbone(folder: Path) -> Backbone:
         config = GPTConfig.from_dict(fields)
     except ValueError as error:
         raise BackboneError(f"{folder / CONFIG_FILE}: {error}") from error
-    tensors = _read_tensors(folder / TENSOR_FILE)
-    check_tensors(config, tensors)
+    tensors = _read_tensors(folder / TENSOR_FILE, config)
+    try:
+        check_tensors(config, tensors)
+    except BackboneError as error:
+        raise BackboneError(f"{folder / TENSOR_FILE}: {error}; {_AGREE}") from error
     tokenizer = _read_tokenizer(folder / TOKENIZER_FILE, config)
     calibration = _read_calibration(folder / CALIBRATION_FILE)
     digest = backbone_digest(config, tensors)
@@ -242,34 +251,65 @@ def _layer_that_differs(config: GPTConfig, state: Mapping[str, Tensor], name: st
     return None
 
 
+def _demand_file(path: Path, most: int | None = None) -> int:
+    """Its size. Raises BackboneError where it is no readable file, or larger than `most` bytes."""
+    try:
+        if not path.is_file():
+            there = "is not a plain file" if path.exists() else "is missing"
+            raise BackboneError(f"{path} {there}; take it from the backbone's copy")
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise BackboneError(f"{path} can't be read: {error.strerror}") from error
+    if most is not None and size > most:
+        raise BackboneError(f"{path} has {size} bytes; such a file has at most {most}")
+    return size
+
+
 def _read_json(path: Path, kind: type) -> Any:
-    if not path.is_file():
-        raise BackboneError(f"{path} is missing")
+    _demand_file(path, MAX_JSON_BYTES)
     try:
         value = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise BackboneError(f"{path} is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise BackboneError(f"{path} is not JSON: {why}") from error
     if not isinstance(value, kind):
         raise BackboneError(f"{path} must hold a JSON {'object' if kind is dict else 'list'}")
     return value
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise BackboneError(f"{path} is missing")
+def _read_tensors(path: Path, config: GPTConfig) -> dict[str, Tensor]:
+    """All tensors; none is made where the file is too small for the config."""
+    size = _demand_file(path)
+    with path.open("rb") as file:
+        if int.from_bytes(file.read(8), "little") > min(size, MAX_HEADER_BYTES):
+            raise BackboneError(f"{path} is not a safetensors file: its header is too long")
+    described = _least_values(config) * LEAST_BYTES
+    if size < described:
+        raise BackboneError(
+            f"{path} has {size} bytes, and the tensors that {CONFIG_FILE} describes have at least "
+            f"{described}: it is cut off, or the two are not of one backbone"
+        )
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise BackboneError(f"{path} is not a safetensors file: {error}") from error
 
 
+def _least_values(config: GPTConfig) -> int:
+    """How many values the largest of the required tensors have together."""
+    width, copies = config.n_embd, 1 if config.share_main_matrices else config.n_layer
+    matrices = sum(out * into for out, into in MAIN_MATRICES.values()) * width * width
+    norms = 2 * config.n_layer * width
+    return config.vocab_size * width + copies * matrices + norms
+
+
 def _read_tokenizer(path: Path, config: GPTConfig) -> Tokenizer:
-    if not path.is_file():
-        raise BackboneError(f"{path} is missing")
+    _demand_file(path, MAX_TOKENIZER_BYTES)
     try:
         tokenizer = Tokenizer.from_file(path)
     except Exception as error:  # the library raises bare Exception
-        raise BackboneError(f"{path} is not a tokenizer file: {error}") from error
+        raise BackboneError(f"{path} is not a tokenizer file: {str(error)[:300]}") from error
     if tokenizer.vocab_size > config.vocab_size:
         raise BackboneError(
             f"{path} has {tokenizer.vocab_size} tokens, more than vocab_size {config.vocab_size}"
@@ -278,7 +318,7 @@ def _read_tokenizer(path: Path, config: GPTConfig) -> Tokenizer:
 
 
 def _read_calibration(path: Path) -> Tensor | None:
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     values = _read_json(path, list)
     proper = all(type(v) in (int, float) and math.isfinite(v) and 0 <= v <= 1 for v in values)

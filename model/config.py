@@ -7,6 +7,10 @@ from typing import Any
 
 POOLINGS = ("mean", "cls", "last")
 MAX_BLOCK_SIZE = 1 << 20  # a model holds a table of every position's angles
+MAX_ANGLES = 1 << 26  # values of that table, block_size * head_dim: 256 MiB for the sines
+MAX_LAYERS = 4096
+MAX_UNKNOWN = 5  # keys named in an error, each cut to MAX_SHOWN characters
+MAX_SHOWN = 60
 
 # site -> (input width, output width), both in units of n_embd. A site is where a layer's LoRA is
 # added; its name is the state dict's, below `transformer.h.{layer}.`
@@ -55,6 +59,7 @@ class GPTConfig:
     pooling: str = "mean"
 
     def __post_init__(self) -> None:
+        _demand_numbers(self)
         _check_types(self)
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             _demand(
@@ -71,6 +76,14 @@ class GPTConfig:
         _demand(
             self.head_dim % 2 == 0,
             f"n_embd / n_head must be even for rotary positions, not {self.head_dim}",
+        )
+        _demand(
+            self.block_size * self.head_dim <= MAX_ANGLES,
+            f"block_size {self.block_size} times n_embd / n_head {self.head_dim} must be at most "
+            f"{MAX_ANGLES}: the table of angles is as large",
+        )
+        _demand(
+            self.n_layer <= MAX_LAYERS, f"n_layer must be at most {MAX_LAYERS}, not {self.n_layer}"
         )
         for name in ("dropout", "lora_dropout"):
             rate = getattr(self, name)
@@ -99,7 +112,9 @@ class GPTConfig:
         """The config of a mapping. Raises ValueError for a key that is not a field."""
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(fields) - known)
-        _demand(not unknown, f"unknown config key {', '.join(map(repr, unknown))}")
+        shown = ", ".join(repr(key)[:MAX_SHOWN] for key in unknown[:MAX_UNKNOWN])
+        more = f" and {len(unknown) - MAX_UNKNOWN} more" if len(unknown) > MAX_UNKNOWN else ""
+        _demand(not unknown, f"unknown config key {shown}{more}")
         return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
@@ -109,6 +124,14 @@ class GPTConfig:
 def _demand(condition: bool, sentence: str) -> None:
     if not condition:
         raise ValueError(sentence)
+
+
+def _demand_numbers(config: "GPTConfig") -> None:
+    """Integers that a tensor's size can be: so that later sums and sentences stay small."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if type(value) is int:
+            _demand(abs(value) < 1 << 53, f"{field.name} is too large a number")
 
 
 def _check_types(config: GPTConfig) -> None:

@@ -85,6 +85,9 @@ def _serve(backbone: Path | None, config: Path | None, **flags: Any) -> None:
         listener = listen(settings)
     except START_FAULTS as error:
         raise Refused(str(error), settings.log_format) from error
+    except Exception as error:
+        log.debug("the start failed", exc_info=True)
+        raise Refused(_unforeseen(error), settings.log_format) from error
     server = DrainingServer(
         uvicorn.Config(
             direct(app),
@@ -113,6 +116,17 @@ def _serve(backbone: Path | None, config: Path | None, **flags: Any) -> None:
     if server.engine_lost:
         logging.shutdown()
         os._exit(ENGINE_LOST)  # a stuck thread can't be joined
+
+
+def _unforeseen(error: Exception) -> str:
+    """The sentence for a fault that was not foreseen: of a file, or a mistake of ours."""
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}; the server needs it to start"
+    text = " ".join(str(error).split())[:300]
+    return (
+        f"the server can't start: {type(error).__name__}: {text}; see whether a file that it names "
+        "is whole, and with --log-level debug the log shows where it happened"
+    )
 
 
 class Refused(click.ClickException):

@@ -1,0 +1,116 @@
+"""History: what the registry keeps of deleted versions and of the audit, within bounds.
+
+A version number is never given twice, and neither is a pointer's generation, whatever was dropped.
+"""
+
+import sqlite3
+import zlib
+from pathlib import Path
+
+SCHEMA = (Path(__file__).parent / "history.sql").read_text("utf-8")
+
+AUDIT_OF_NAME = 100  # audit rows kept of a name: as many as GET /adapters/{name} shows
+TOMBSTONES_OF_NAME = 64  # deleted versions whose rows are kept
+DELETED_NAMES = 512  # the last ones deleted, whose rows are kept
+BUCKETS = 1024  # for the numbers of names deleted before those
+
+
+def bucket_of(name: str) -> int:
+    return zlib.crc32(name.encode()) % BUCKETS
+
+
+def prepare(connection: sqlite3.Connection) -> None:
+    """Fill the tables of this file in a registry that was written before they were there.
+
+    Runs within a transaction, and changes nothing the second time.
+    """
+    if connection.execute("SELECT 1 FROM floors LIMIT 1").fetchone():
+        return
+    connection.executemany("INSERT INTO floors VALUES (?, 0, 0)", ((n,) for n in range(BUCKETS)))
+    connection.execute(
+        """INSERT OR IGNORE INTO deleted_names (name) SELECT name FROM versions GROUP BY name
+        HAVING count(deleted_at) = count(*) ORDER BY max(deleted_at)"""
+    )
+    connection.execute(
+        """INSERT OR IGNORE INTO folder_files SELECT name, json_extract(detail, '$.digest')
+        FROM audit WHERE action = 'put' AND who LIKE 'file %'
+        AND json_extract(detail, '$.digest') IS NOT NULL"""
+    )
+    for (name,) in connection.execute("SELECT DISTINCT name FROM versions").fetchall():
+        _trim_name(connection, name)
+        trim_audit(connection, name)
+    _fold_oldest(connection)
+
+
+def trim_audit(connection: sqlite3.Connection, name: str) -> None:
+    """Keep the latest AUDIT_OF_NAME rows of the name."""
+    connection.execute(
+        """DELETE FROM audit WHERE name = ?1 AND id <= (SELECT id FROM audit WHERE name = ?1
+        ORDER BY id DESC LIMIT 1 OFFSET ?2)""",
+        (name, AUDIT_OF_NAME),
+    )
+
+
+def added(connection: sqlite3.Connection, name: str) -> None:
+    """The name has a live version."""
+    connection.execute("DELETE FROM deleted_names WHERE name = ?", (name,))
+
+
+def removed(connection: sqlite3.Connection, name: str) -> None:
+    """Versions of the name were deleted, perhaps all."""
+    _trim_name(connection, name)
+    live = "SELECT 1 FROM versions WHERE name = ? AND deleted_at IS NULL LIMIT 1"
+    if connection.execute(live, (name,)).fetchone() is None:
+        connection.execute("INSERT OR IGNORE INTO deleted_names (name) VALUES (?)", (name,))
+        _fold_oldest(connection)
+
+
+def last_number(connection: sqlite3.Connection, name: str) -> int:
+    """No number up to this one may be given to the name, as far as its own rows do not say so."""
+    return _floor(connection, name)[0]
+
+
+def last_generation(connection: sqlite3.Connection, name: str) -> int:
+    """The same of its pointers' generations."""
+    return _floor(connection, name)[1]
+
+
+def _floor(connection: sqlite3.Connection, name: str) -> tuple[int, int]:
+    row = connection.execute(
+        "SELECT number, generation FROM floors WHERE bucket = ?", (bucket_of(name),)
+    ).fetchone()
+    return (row[0], row[1]) if row else (0, 0)
+
+
+def _trim_name(connection: sqlite3.Connection, name: str) -> None:
+    """Drop its oldest deleted versions; that with the highest number stays in any case."""
+    connection.execute(
+        """DELETE FROM versions WHERE name = ?1 AND deleted_at IS NOT NULL
+        AND number < (SELECT max(number) FROM versions WHERE name = ?1)
+        AND number <= (SELECT number FROM versions WHERE name = ?1 AND deleted_at IS NOT NULL
+        ORDER BY number DESC LIMIT 1 OFFSET ?2)""",
+        (name, TOMBSTONES_OF_NAME),
+    )
+
+
+def _fold_oldest(connection: sqlite3.Connection) -> None:
+    """Drop the rows of the names that were deleted before the last DELETED_NAMES."""
+    oldest = connection.execute(
+        "SELECT name FROM deleted_names ORDER BY id DESC LIMIT -1 OFFSET ?", (DELETED_NAMES,)
+    ).fetchall()
+    for (name,) in oldest:
+        connection.execute(
+            """UPDATE floors SET number = max(number, (
+                SELECT coalesce(max(number), 0) FROM versions WHERE name = ?1)),
+            generation = max(generation, (
+                SELECT coalesce(max(generation), 0) FROM pointers WHERE name = ?1))
+            WHERE bucket = ?2""",
+            (name, bucket_of(name)),
+        )
+        for table in ("versions", "pointers", "audit", "deleted_names"):
+            connection.execute(f"DELETE FROM {table} WHERE name = ?", (name,))
+
+
+def saw_file(connection: sqlite3.Connection, name: str, digest: str) -> None:
+    """A file of the adapter folder is, or was, a version of the name."""
+    connection.execute("INSERT OR IGNORE INTO folder_files VALUES (?, ?)", (name, digest))
