@@ -55,6 +55,19 @@ HEADERS = {
     "RetryAfter": ("retry-after", "Seconds after which to ask again, where they are known."),
     "Authenticate": ("www-authenticate", "Bearer: an API key is needed."),
 }
+HEADERS |= {
+    f"{name}{what}": (
+        f"x-ratelimit-{name.lower()}-{what.lower()}",
+        f"Where the key has a quota of {what.lower()}: {text}.",
+    )
+    for what in ("Requests", "Tokens")
+    for name, text in (
+        ("Limit", "all of it"),
+        ("Remaining", "what is left"),
+        ("Reset", "when all of it is there again, as 120ms, 1s, 6m0s or 1h0m0s"),
+    )
+}
+LIMITS = tuple(name for name, (header, _) in HEADERS.items() if header.startswith("x-ratelimit"))
 SCHEMES = {
     "key": {"type": "http", "scheme": "bearer", "description": "An API key."},
     "header": {
@@ -164,7 +177,7 @@ def _complete(method: str, path: str, operation: Json) -> None:
     if CODES not in operation["responses"].get("422", {CODES: ()}):
         del operation["responses"]["422"]  # FastAPI's own; the handlers check their parameters
     for status, response in operation["responses"].items():
-        _add_headers(int(status), response)
+        _add_headers(int(status), response, keyed="security" in operation)
 
 
 def _texts(method: str, path: str, docstring: str) -> dict[str, str]:
@@ -212,12 +225,14 @@ def _keep_one_kind_of_bytes(body: Json) -> None:
         body.setdefault("description", f"Taken too: {', '.join(others)}.")
 
 
-def _add_headers(status: int, response: Json) -> None:
+def _add_headers(status: int, response: Json, keyed: bool) -> None:
     names = ["RequestId"]
     if status in (429, 503):
         names.append("RetryAfter")
     if status == 401:
         names.append("Authenticate")
+    if keyed and (status < 300 or status == 429):
+        names += LIMITS
     headers = response.setdefault("headers", {})
     for name in names:
         headers[HEADERS[name][0]] = {"$ref": f"#/components/headers/{name}"}
