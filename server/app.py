@@ -2,7 +2,6 @@
 
 import asyncio
 import itertools
-import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from http import HTTPStatus
@@ -38,6 +37,7 @@ from server.keys import KeyRing
 from server.metrics import Metrics
 from server.middleware import RequestContext
 from server.named_path import PREFIX, NamedPaths
+from server.observed import observe
 from server.paths import Paths
 from server.proxies import Proxies
 from server.routes import (
@@ -57,7 +57,6 @@ from server.routes.document import completed
 from server.settings import BadSettings, Settings, default_data_dir
 from server.shed import Shed
 from server.state import ServerState
-from server.storage_faults import storage_faults
 from server.turns import Turns
 
 DEMO_ADAPTERS = DEMO_BACKBONE.parent.parent / "adapters" / "demo"
@@ -77,8 +76,6 @@ HOT = {
 }
 TOKENIZER = ("/tokenize", "/detokenize")
 ROUTES = (encode, critic, openai, rerank, tei, vllm, tokens, residency, adapters, diff, ops)
-log = logging.getLogger("trunkline")
-
 CLIENT_LEFT = 499  # nobody reads it; the log and the metrics show it
 
 
@@ -105,7 +102,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.server = ServerState(settings, backbone, forward, library, Metrics())
     keys = settings.keys or (settings.data_dir or default_data_dir()) / "keys.json"
     app.state.keys = KeyRing(keys)
-    _watch(app.state.server, app.state.keys)
+    app.state.server.metrics.watch_residency(lambda: _residency(library))
+    observe(app.state.server, app.state.keys)
     for routes in ROUTES:
         app.include_router(routes.router)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
@@ -228,28 +226,6 @@ def _library(settings: Settings, backbone: Backbone, forward: Forward) -> Librar
     if folder is not None:
         library.seed(folder)
     return library
-
-
-def _watch(state: ServerState, keys: KeyRing) -> None:
-    """Let the metrics read what is elsewhere."""
-    metrics, library, backbone = state.metrics, state.library, state.backbone
-    metrics.watch_residency(lambda: _residency(library))
-    metrics.watch_storage(lambda: storage_faults(library))
-    metrics.keys.names = keys.names
-    metrics.set_build(
-        version=__version__,
-        torch=torch.__version__,
-        dtype=state.dtype,
-        device=state.device,
-        backbone=backbone.id,
-        digest=backbone.digest,
-    )
-    if library.registry.exists(backbone.id):
-        log.warning(
-            "an adapter has the backbone's own id as its name, %s: where a request says model, "
-            "this id means the backbone; `adapter` and /adapters still mean the adapter",
-            backbone.id,
-        )
 
 
 def _residency(library: Library) -> dict[str, float]:

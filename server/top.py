@@ -26,21 +26,25 @@ class View:
     def __init__(self, columns: int, most: int, keeps: Keeps) -> None:
         self.most, self.keeps = most, keeps
         self.shown: Shown = {OTHER: [0] * columns}
-        self._seen: Shown = {}  # the totals as of the last exposition
+        self.pending: set[str] = set()  # names that were counted since the last exposition
+        self._seen: Shown = {}  # its names, and their totals as of the last exposition
 
     def update(self, totals: Shown) -> None:
         """Add what came since the last exposition."""
-        kept = {name: amounts for name, amounts in totals.items() if self.keeps(name)}
-        top = set(heapq.nlargest(self.most, kept, key=lambda name: kept[name][0]))
+        kept = [name for name in self.pending if name in self._seen or self.keeps(name)]
+        since = {name: self._since(name, totals[name]) for name in kept}
+        self._seen |= {name: list(totals[name]) for name in kept}
+        self.pending.clear()
+        top = set(heapq.nlargest(self.most, self._seen, key=lambda name: totals[name][0]))
         for name in set(self.shown) - top - {OTHER}:
             self._add(OTHER, self.shown.pop(name))
-        for name, amounts in kept.items():
-            self._add(name if name in top else OTHER, self._since(name, amounts))
-            self._seen[name] = list(amounts)
+        for name, amounts in since.items():
+            self._add(name if name in top else OTHER, amounts)
 
     def forget(self, name: str, amounts: Sequence[int]) -> None:
         """Add a name, whose total is kept no longer, to `other`."""
-        if self.keeps(name):
+        self.pending.discard(name)
+        if name in self._seen or self.keeps(name):
             self._add(OTHER, self._since(name, amounts))
             self._seen.pop(name, None)
 
@@ -67,6 +71,7 @@ class Usage:
         self.columns, self.most, self.many = columns, most, many
         self._lock = threading.Lock()
         self._totals: Shown = {}
+        self._counted: set[str] = set()  # names, since the views were last told
         everybodys = View(columns, most, lambda name: True)
         self._views: dict[Hashable, View] = {None: everybodys}
 
@@ -75,6 +80,7 @@ class Usage:
             totals = self._totals.get(name) or self._first(name)
             for column, amount in enumerate(amounts):
                 totals[column] += amount
+            self._counted.add(name)
 
     def total(self, name: str) -> list[int]:
         with self._lock:
@@ -88,6 +94,8 @@ class Usage:
                 if len(self._views) > MOST_VIEWS:
                     del self._views[list(self._views)[1]]
                 self._views[view] = View(self.columns, self.most, keeps)
+                self._views[view].pending |= self._totals.keys()
+            self._tell_views()
             its = self._views[view]
             its.update(self._totals)
             return {label: list(amounts) for label, amounts in its.shown.items()}
@@ -104,7 +112,13 @@ class Usage:
         self._totals[name] = [0] * self.columns
         return self._totals[name]
 
+    def _tell_views(self) -> None:
+        for view in self._views.values():
+            view.pending |= self._counted
+        self._counted.clear()
+
     def _forget(self, names: Collection[str]) -> None:
+        self._tell_views()
         for name in names:
             amounts = self._totals.pop(name)
             for view in self._views.values():

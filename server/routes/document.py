@@ -8,6 +8,7 @@ from pydantic.json_schema import models_json_schema
 
 from adapters.names import ALIAS_PATTERN, NAME_PATTERN
 from server.guard import is_public, needed
+from server.routes.answer_headers import add_headers, header_components
 from server.routes.documented import (
     BYTES,
     CODES,
@@ -50,11 +51,6 @@ REQUEST_ID = {
     "description": "An id of yours for the logs: 1 to 64 of A-Z a-z 0-9 . _ -, else one is made.",
     "schema": {"type": "string"},
 }
-HEADERS = {
-    "RequestId": ("x-request-id", "The request's own id where it was sane, else a new one."),
-    "RetryAfter": ("retry-after", "Seconds after which to ask again, where they are known."),
-    "Authenticate": ("www-authenticate", "Bearer: an API key is needed."),
-}
 SCHEMES = {
     "key": {"type": "http", "scheme": "bearer", "description": "An API key."},
     "header": {
@@ -76,7 +72,7 @@ def completed(document: Json) -> Json:
     components = document.setdefault("components", {})
     components["securitySchemes"] = SCHEMES
     components["parameters"] = {"RequestId": REQUEST_ID}
-    components["headers"] = {name: _header(text) for name, (_, text) in HEADERS.items()}
+    components["headers"] = header_components()
     schemas = components.setdefault("schemas", {})
     schemas |= _error_schemas()
     _name_operations(document)
@@ -138,10 +134,6 @@ def _itself() -> Json:
     return {**about, "operationId": "openapi", "responses": responses}
 
 
-def _header(description: str) -> Json:
-    return {"description": description, "schema": {"type": "string"}}
-
-
 def _error_schemas() -> Json:
     shapes = [(shape, "serialization") for shape in ERROR_SHAPES]
     _, found = models_json_schema(shapes, ref_template=COMPONENTS)  # type: ignore[arg-type]
@@ -164,7 +156,7 @@ def _complete(method: str, path: str, operation: Json) -> None:
     if CODES not in operation["responses"].get("422", {CODES: ()}):
         del operation["responses"]["422"]  # FastAPI's own; the handlers check their parameters
     for status, response in operation["responses"].items():
-        _add_headers(int(status), response)
+        add_headers(int(status), response, keyed="security" in operation)
 
 
 def _texts(method: str, path: str, docstring: str) -> dict[str, str]:
@@ -210,17 +202,6 @@ def _keep_one_kind_of_bytes(body: Json) -> None:
         del content[kind]
     if others:
         body.setdefault("description", f"Taken too: {', '.join(others)}.")
-
-
-def _add_headers(status: int, response: Json) -> None:
-    names = ["RequestId"]
-    if status in (429, 503):
-        names.append("RetryAfter")
-    if status == 401:
-        names.append("Authenticate")
-    headers = response.setdefault("headers", {})
-    for name in names:
-        headers[HEADERS[name][0]] = {"$ref": f"#/components/headers/{name}"}
 
 
 def _contents(operation: Json) -> Iterator[Json]:

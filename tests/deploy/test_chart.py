@@ -86,6 +86,18 @@ def test_a_pod_runs_without_rights_and_asks_the_right_paths() -> None:
     assert container["readinessProbe"]["httpGet"]["path"] == "/ready"
 
 
+def test_a_service_monitor_sends_the_key_of_its_secret() -> None:
+    assert "ServiceMonitor" not in rendered()
+    monitor = "metrics.serviceMonitor"
+    things = rendered(f"{monitor}.enabled=true", f"{monitor}.keySecret.name=scraper")
+    (endpoint,) = things["ServiceMonitor"]["spec"]["endpoints"]
+    assert endpoint["authorization"]["credentials"] == {"name": "scraper", "key": "key"}
+    port = things["Service"]["spec"]["ports"][0]["name"]
+    assert (endpoint["port"], endpoint["path"]) == (port, "/metrics")
+    (open_one,) = rendered(f"{monitor}.enabled=true")["ServiceMonitor"]["spec"]["endpoints"]
+    assert "authorization" not in open_one
+
+
 def test_a_gpu_is_asked_for_only_where_it_is_wanted() -> None:
     _, plain = container_of(rendered())
     _, gpu = container_of(rendered(*VARIANTS["gpu"]))

@@ -215,6 +215,8 @@ def test_the_names_of_others_are_refused_alike_whether_they_exist_or_not(tenants
                 path = template.replace("{name}", name)
                 path = path.replace("{number}", "1").replace("{alias}", "secret-alias")
                 told[f"{method} {template}"] = client.request(method, path, content=b"x")
+                if method == "get":
+                    told[f"head {template}"] = client.head(path)
         for path, body in (BODIES | WRITES).items():
             if path not in NAMES_NONE:
                 told[path] = client.post(path, json=body(name))
