@@ -1,11 +1,11 @@
 """All orders in which operations of a library can meet: one thread runs at a time, from point to
 point, and a depth-first search takes every choice of the next thread once.
 
-The points are where one operation can meet what another did: before the write lock, before a file
-gets or loses its name in the store. While a thread has the write
-lock its points choose nobody, because what the others could do there they can do before or after as
-well; but the folder can be looked at there, as a kill would leave it. The write lock is known to the
-scheduler, so that a thread that waits for it is not chosen.
+The points are where one operation can meet what another did: before the write lock, and before a
+file gets or loses its name in the store. While a thread has the write lock its points choose no
+other, because what the others could do there they can do before or after as well; but the folder
+can be looked at there, as a kill would leave it. The write lock is known to the scheduler, so that
+a thread that waits for it is not chosen.
 """
 
 import threading
