@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup serve test lint format check crash soak bench loadtest overload soak-hour fuzz restarts attack clients audit docs-page docs image-test deploy-test demo demo-setup demo-data demo-train demo-evaluate
+.PHONY: setup serve test lint format check crash soak bench loadtest overload soak-hour fuzz restarts attack clients audit docs-page docs image-test deploy-test demo demo-setup demo-data demo-train demo-evaluate races
 
 setup: $(STAMP)
 
@@ -51,6 +51,11 @@ fuzz: setup ## coverage-guided fuzzing of the parsers, then Schemathesis on a li
 	set -e; for check in adapter_header json_body head; do \
 	  PYTHONPATH=.:tests $(BIN)/python tests/fuzz.py $$check -max_total_time=$(FUZZ_S) -max_len=4096; done
 	PYTHONPATH=.:tests $(BIN)/python tests/fuzz_api.py $(FUZZ_S)
+
+races: setup ## every order of three operations, every fault of the start matrix, 300 rounds of 16 threads (about 40 minutes)
+	RACES=all $(BIN)/python -m pytest -s tests/adapters/test_publish_races.py
+	START_MATRIX=all START_MATRIX_REPORT=start-matrix.md $(BIN)/python -m pytest tests/adapters/test_start_matrix.py
+	RACE_ROUNDS=300 $(BIN)/python -m pytest -s tests/server/test_upload_races.py
 
 restarts: setup ## 100 rolling restarts of two servers behind a balancer, under traffic
 	RESTARTS=100 $(BIN)/python -m pytest -s tests/server/test_rolling_restarts.py

@@ -10,8 +10,9 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from adapters.errors import Unreadable
 from adapters.soundness import digest_of
-from adapters.store import Blob, BlobStore, storage_errors
+from adapters.store import Blob, BlobStore
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -36,19 +37,21 @@ class Inventory:
 
 
 def unnamed_files(store: BlobStore, digests: Collection[str]) -> Unnamed:
-    """`digests` are those of the registry's rows. Raises StorageFull or ReadOnly, as the disk."""
-    found = Unnamed()
-    with storage_errors():
+    """`digests` are those of the registry's rows. Raises Unreadable for a folder."""
+    try:
         twins = _Twins(_files_in(store.incoming_folder))
-        for entry in store.entries():
-            if f"sha256:{entry.name}" in digests:
-                continue
-            if not (_DIGEST.fullmatch(entry.name) and _is_plain_file(entry)):
-                found.foreign.append(entry)
-            elif twins.has(entry):
-                found.unacknowledged.append(entry)
-            else:
-                found.unknown.append(entry)
+        entries = [each for each in store.entries() if f"sha256:{each.name}" not in digests]
+    except OSError as error:
+        sentence = f"{error.filename} can't be read: {error.strerror}"
+        raise Unreadable(sentence, retry_after_s=1) from error
+    found = Unnamed()
+    for entry in entries:
+        if not (_DIGEST.fullmatch(entry.name) and _is_plain_file(entry)):
+            found.foreign.append(entry)
+        elif twins.has(entry):
+            found.unacknowledged.append(entry)
+        else:
+            found.unknown.append(entry)
     return found
 
 
@@ -58,7 +61,7 @@ def take_inventory(
     """`known` are the registry's rows by digest, `suspected` the digests that it calls damaged.
 
     A file is hashed where its size or time of change are not those it was stored with, and where it
-    is suspected. Raises StorageFull or ReadOnly where a folder can't be listed.
+    is suspected. Raises Unreadable for a folder.
     """
     found = Inventory(unnamed_files(store, known))
     for digest, blob in known.items():

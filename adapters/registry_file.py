@@ -3,6 +3,7 @@
 Opening a broken database for writing may remove what could still be read of it, so this reads only.
 """
 
+import errno
 import os
 import sqlite3
 from contextlib import closing
@@ -26,6 +27,7 @@ class RegistryState:
     exists: bool = False  # with more than no bytes, or with a log of changes beside it
     fault: str | None = None  # why it can't be used
     commits: int = 0
+    mark_fault: str | None = None  # why its mark can't be read
     mark: int | None = None  # the last acknowledged commit; None: an older data folder, or lost
     digests: set[str] | None = None  # of its files; None: not read
 
@@ -39,22 +41,27 @@ def inspect_registry(path: Path) -> RegistryState:
     state = RegistryState()
     try:
         state.mark = read_mark(mark_of(path))
+    except OSError as error:
+        state.mark_fault = f"can't be read: {os.strerror(error.errno or 0)}"
+    try:
         state.exists = _has_bytes(path)
         log_exists = _has_bytes(path.with_name(f"{path.name}-wal"))
+        _has_bytes(path.with_name(f"{path.name}-shm"))
         if not state.exists and log_exists:
             state.fault = "is missing or empty, with a log of changes beside it"
         elif state.exists:
             state.fault = _fault_of(path, state)
     except OSError as error:
         state.exists = True
-        state.fault = f"can't be read: {os.strerror(error.errno or 0)}"
+        name = Path(error.filename or path).name
+        state.fault = f"can't be read: {name}: {os.strerror(error.errno or 0)}"
     return state
 
 
 def _has_bytes(path: Path) -> bool:
     try:
         if path.is_dir():
-            raise IsADirectoryError(21, "Is a directory")
+            raise IsADirectoryError(errno.EISDIR, "Is a directory", str(path))
         return path.stat().st_size > 0
     except FileNotFoundError:
         return False
@@ -115,11 +122,11 @@ def _unreadable_rows(connection: sqlite3.Connection) -> str | None:
     if lost:
         return f"is broken: {lost} versions have lost the row of their file"
     records = (record for (record,) in connection.execute("SELECT record FROM blobs"))
-    unreadable = sum(not _is_record(record) for record in records)
+    unreadable = sum(not is_record(record) for record in records)
     return f"is broken: {unreadable} of its records can't be read" if unreadable else None
 
 
-def _is_record(text: object) -> bool:
+def is_record(text: object) -> bool:
     try:
         parse_record(str(text))
     except (ValueError, TypeError, KeyError, AttributeError):
@@ -138,6 +145,8 @@ def demand_registry(path: Path, store: BlobStore) -> None:
             f"is older than what was acknowledged: it has {state.commits} commits, "
             f"{mark_of(path).name} has {state.mark}"
         )
+    if fault is None and state.mark_fault:
+        fault = f"can't be held against its mark: {mark_of(path).name} {state.mark_fault}"
     if fault is not None:
         raise registry_lost(path, fault)
     if state.digests is not None:

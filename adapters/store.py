@@ -99,9 +99,8 @@ class BlobStore:
         self.folder, self.quota = folder, quota
         self.incoming_folder = folder / "incoming"
         self.quarantine_folder = folder / "quarantine"
-        with storage_errors():
-            for each in (folder, self.incoming_folder, self.quarantine_folder):
-                each.mkdir(parents=True, exist_ok=True)
+        for each in (folder, self.incoming_folder, self.quarantine_folder):
+            _make_folder(each)
 
     def path(self, digest: str) -> Path:
         return self.folder / digest.removeprefix("sha256:")
@@ -209,6 +208,15 @@ class BlobStore:
                     entry.unlink()
             except OSError as error:
                 log.warning("%s stays: %s", entry, error.strerror)
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise ReadOnly(f"{folder} is not a folder; move it away and start again") from error
+    except OSError as error:
+        raise ReadOnly(f"{folder} can't be made: {error.strerror}") from error
 
 
 def _link(source: Path, target: Path) -> None:

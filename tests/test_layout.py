@@ -117,6 +117,10 @@ def test_the_shapes_of_answers_are_for_the_document_alone() -> None:
             assert not {i for i in OURS[module] if is_within(i, "server.answer_shapes")}, module
 
 
+# Functions of adapters that unlink no adapter file of a data folder.
+OTHER_FILES: set[str] = set()
+
+
 def is_library(module: str) -> bool:
     """Of model, but for the commands that made the demo beside its weights."""
     return is_within(module, "model") and not is_within(module, "model.demo")
@@ -140,6 +144,36 @@ def test_the_load_test_speaks_http_but_for_the_bench() -> None:
     for module in FILES:
         if is_within(module, "loadtest") and not is_within(module, "loadtest.bench"):
             assert all(is_within(i, "loadtest") for i in OURS[module]), module
+
+
+def callers_of(method: str) -> set[str]:
+    """Where a method of this name is called: `module.function`."""
+    found = set()
+    for module, path in FILES.items():
+        for function in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+                calls = [n.func for n in ast.walk(function) if isinstance(n, ast.Call)]
+                names = {call.attr for call in calls if isinstance(call, ast.Attribute)}
+                found |= {f"{module}.{function.name}"} if method in names else set()
+    return found
+
+
+def test_a_published_file_is_unlinked_in_one_place() -> None:
+    """Within the transaction that proves that no row names it: adapters/collector.py."""
+    of_adapters = {c for c in callers_of("unlink") if is_within(c, "adapters")}
+    assert of_adapters - OTHER_FILES == {
+        "adapters.collector._unlink_unnamed",  # calls the next, which nobody else does
+        "adapters.store.unlink",
+        "adapters.store.discard",  # an upload's own name
+        "adapters.store.clear_incoming",  # uploads that a stop cut off
+    }
+    for method in ("rmtree", "remove", "rmdir"):
+        assert not {c for c in callers_of(method) if is_within(c, "adapters.store")}
+    movers = callers_of("replace") | callers_of("rename")
+    assert {c for c in movers if is_within(c, "adapters.store")} == {
+        "adapters.store._put_away",  # into quarantine
+        "adapters.store._link",  # a copy of its own, where the file system has no links
+    }
 
 
 def test_nothing_imports_the_tests_or_the_load_test() -> None:

@@ -18,6 +18,7 @@ main = click.version_option(__version__)(
             "import": "server.cli.checkpoints:import_",
             "info": "server.cli.info:info",
             "keys": "server.cli.keys:keys",
+            "recover": "server.cli.recover:recover",
             "serve": "server.cli.serve:serve",
             "train": "server.cli.train:train_",
         },

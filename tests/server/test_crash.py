@@ -97,6 +97,14 @@ class Writer:
         return applied
 
 
+def acknowledge_something(writers: list[Writer]) -> None:
+    """On a busy machine too each round has changes that may be lost."""
+    before, until = sum(writer.acknowledged for writer in writers), time.monotonic() + 60
+    while sum(writer.acknowledged for writer in writers) < before + 2:
+        assert time.monotonic() < until
+        time.sleep(0.005)
+
+
 def seen(client: httpx.Client, name: str) -> tuple[dict[int, str], dict[str, tuple[int, int]]]:
     answer = client.get(f"/adapters/{name}")
     if answer.status_code == 404:
@@ -112,7 +120,6 @@ def seen(client: httpx.Client, name: str) -> tuple[dict[int, str], dict[str, tup
 def files_on_disk(data: Path) -> set[str]:
     (blobs,) = data.glob("*/blobs")
     assert not any((blobs / "incoming").iterdir())
-    assert not any((blobs / "quarantine").iterdir())
     return {f"sha256:{path.name}" for path in blobs.iterdir() if path.is_file()}
 
 
@@ -143,6 +150,7 @@ def test_after_sigkill_the_old_state_or_the_new_nothing_between_nothing_lost(
             threads = [threading.Thread(target=w.run, args=(server.url,)) for w in writers]
             for thread in threads:
                 thread.start()
+            acknowledge_something(writers)
             time.sleep(order.uniform(0.05, 0.6))
             server.process.kill()
             server.process.wait()
