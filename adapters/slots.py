@@ -311,6 +311,7 @@ class SlotPool:
             raise
         with self._cond:
             self._add(Slot(load.digest, extent, weights), key, load)
+            self._loading = None
         return True
 
     def _room(self, key: str, load: Load, source: Source) -> Extent | None:
