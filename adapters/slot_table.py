@@ -44,7 +44,9 @@ class SlotTable:
                 if extent is not None:
                     return extent
             now = time.monotonic()
-            victim = self._holdings.victim(key, size, now, self.pinned.__contains__)
+            victim = self._holdings.victim(
+                key, size, now, self.pinned.__contains__, may_leave=not self.leaving
+            )
             if victim is None:
                 return None
             self.take_out(victim)

@@ -125,6 +125,25 @@ def test_fresh_slots_of_one_key_delay_no_other_key(bench: Bench) -> None:
     assert kept == SLOTS - 3
 
 
+def test_a_key_whose_slots_are_in_every_batch_gives_one_up_when_the_batch_ends(
+    bench: Bench,
+) -> None:
+    """Else a load would have to come between two batches, and a quiet key might wait for ever."""
+    bench.flood()
+    for _ in range(SLOTS):
+        bench.load()
+    held = [bench.pool.hold(name, "flood") for name in bench.loaded]
+    assert all(held)
+    bench.pool.want(digest(9000), key="quiet")
+    for _ in range(2):  # the flood's next load, then the quiet key's
+        picked = bench.pool._pick()
+        assert picked is not None
+        assert not bench.pool._try(*picked)
+    assert bench.pool.stats().leaving == 1  # one slot is enough
+    bench.pool.let_go([slot for slot in held if slot is not None])
+    assert bench.load(used=False) == digest(9000)
+
+
 def test_a_slot_that_two_keys_use_stays_when_one_of_them_floods(bench: Bench) -> None:
     shared = 0
     bench.wait_for(shared, "quiet")
