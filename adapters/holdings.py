@@ -59,16 +59,20 @@ class Holdings:
         if not self._by_key[key]:
             del self._by_key[key], self._bytes[key]
 
-    def victim(self, key: str, size: int, now: float, pinned: Pinned) -> Slot | None:
+    def victim(
+        self, key: str, size: int, now: float, pinned: Pinned, may_leave: bool
+    ) -> Slot | None:
         """The slot to evict so that `key` can load `size` bytes; None: wait for a hold to end.
 
         A slot that is idle, else the least recently used one of the key that would then hold the
         most. A key never loses a slot to a key that would hold more than it does, unless the
-        loading key has no slot of its own to give.
+        loading key has no slot of its own to give. With `may_leave` it may be a slot that a batch
+        holds now, where the key that is to give has no other: else a key whose slots are in every
+        batch would never lose one.
         """
         idle = self._idle(now, pinned)
         while idle is None:
-            taken = self._next(key, size, now, pinned)
+            taken = self._next(key, size, now, pinned, may_leave)
             if taken is None:
                 return None
             holder, slot = taken
@@ -83,15 +87,23 @@ class Holdings:
             self._all, pinned, partial(_is_free, now=now), lambda slot: slot.used_at > before
         )
 
-    def _next(self, key: str, size: int, now: float, pinned: Pinned) -> tuple[str, Slot] | None:
+    def _next(
+        self, key: str, size: int, now: float, pinned: Pinned, may_leave: bool
+    ) -> tuple[str, Slot] | None:
         """A key that is to lose a slot, and which."""
         own = self.bytes_of(key) + size
         for holder, is_above in self._holders(key, own, pinned):
             # The rest after a load protects a slot from its own key and from those that hold more.
             moment = math.inf if is_above else now
-            slot = _first(self._by_key[holder], pinned, partial(_is_free, now=moment))
+            slots = self._by_key[holder]
+            slot = _first(slots, pinned, partial(_is_free, now=moment))
+            held = slot is None and _first(slots, pinned, lambda slot: slot.holds > 0)
+            if held and may_leave:
+                slot = held
             if slot is not None:
                 return holder, slot
+            if held and is_above:
+                return None
         return None
 
     def _holders(self, key: str, own: int, pinned: Pinned) -> Iterator[tuple[str, bool]]:

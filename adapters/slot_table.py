@@ -2,12 +2,25 @@
 
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 
 from adapters.arena import Arena, Extent
 from adapters.holdings import Holdings
 from adapters.slot import Slot
+
+
+@dataclass(frozen=True)
+class PoolStats:
+    resident: int
+    pinned: int
+    held: int
+    leaving: int
+    used_bytes: int
+    capacity_bytes: int
+    loads: int
+    evictions: int
 
 
 class SlotTable:
@@ -19,8 +32,13 @@ class SlotTable:
         self.slots: dict[str, Slot] = {}
         self.leaving: set[Slot] = set()
         self.pinned: frozenset[str] = frozenset()
-        self.evictions = 0
+        self.loads = self.evictions = 0
         self._holdings = Holdings()
+
+    def add(self, slot: Slot) -> None:
+        """A load is done; `use` says for whom."""
+        self.slots[slot.digest] = slot
+        self.loads += 1
 
     def use(self, slot: Slot, keys: Iterable[str]) -> None:
         """Count the slot as the most recently used one of each key."""
@@ -44,7 +62,9 @@ class SlotTable:
                 if extent is not None:
                     return extent
             now = time.monotonic()
-            victim = self._holdings.victim(key, size, now, self.pinned.__contains__)
+            victim = self._holdings.victim(
+                key, size, now, self.pinned.__contains__, may_leave=not self.leaving
+            )
             if victim is None:
                 return None
             self.take_out(victim)
@@ -63,3 +83,15 @@ class SlotTable:
             self.leaving.add(slot)
         else:
             self.arena.free(slot.extent)
+
+    def stats(self) -> PoolStats:
+        return PoolStats(
+            resident=len(self.slots),
+            pinned=sum(digest in self.slots for digest in self.pinned),
+            held=sum(slot.holds for slot in (*self.slots.values(), *self.leaving)),
+            leaving=len(self.leaving),
+            used_bytes=self.arena.capacity - self.arena.free_bytes,
+            capacity_bytes=self.arena.capacity,
+            loads=self.loads,
+            evictions=self.evictions,
+        )

@@ -10,7 +10,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
 
 import torch
 
@@ -22,7 +21,7 @@ from adapters.load_failures import LoadFailures
 from adapters.load_queue import Load, LoadQueue
 from adapters.slot import Slot, Use
 from adapters.slot_filler import SlotFiller, Source
-from adapters.slot_table import SlotTable
+from adapters.slot_table import PoolStats, SlotTable
 from adapters.weights import placed_bytes
 from model.config import GPTConfig
 
@@ -35,18 +34,6 @@ log = logging.getLogger("trunkline.slots")
 FRESH_S = 1.0
 # How often a load that found no room looks for it again, besides whenever a hold ends.
 ROOM_CHECK_S = 0.05
-
-
-@dataclass(frozen=True)
-class PoolStats:
-    resident: int
-    pinned: int
-    held: int
-    leaving: int
-    used_bytes: int
-    capacity_bytes: int
-    loads: int
-    evictions: int
 
 
 class SlotPool:
@@ -79,7 +66,6 @@ class SlotPool:
         self._loading: Load | None = None
         self._cond = threading.Condition()
         self._closed = False
-        self._loads = 0
         self._loader = threading.Thread(target=self._load_wanted, name="loader", daemon=True)
         self._loader.start()
 
@@ -233,18 +219,7 @@ class SlotPool:
 
     def stats(self) -> PoolStats:
         with self._cond:
-            arena, leaving = self._table.arena, self._table.leaving
-            slots = [*self._table.slots.values(), *leaving]
-            return PoolStats(
-                resident=len(self._table.slots),
-                pinned=sum(digest in self._table.slots for digest in self._table.pinned),
-                held=sum(slot.holds for slot in slots),
-                leaving=len(leaving),
-                used_bytes=arena.capacity - arena.free_bytes,
-                capacity_bytes=arena.capacity,
-                loads=self._loads,
-                evictions=self._table.evictions,
-            )
+            return self._table.stats()
 
     def close(self) -> None:
         with self._cond:
@@ -311,6 +286,7 @@ class SlotPool:
             raise
         with self._cond:
             self._add(Slot(load.digest, extent, weights), key, load)
+            self._loading = None
         return True
 
     def _room(self, key: str, load: Load, source: Source) -> Extent | None:
@@ -329,8 +305,7 @@ class SlotPool:
         slot.fresh_until = time.monotonic() + FRESH_S if load.for_jobs else 0.0
         slot.uses.add([*load.uses, *self.users(slot.digest)])
         self._table.use(slot, {key} | load.keys)
-        self._table.slots[slot.digest] = slot
-        self._loads += 1
+        self._table.add(slot)
 
     def _fail(self, digest: str, error: TrunklineError) -> None:
         log.warning("%s was not loaded: %s", digest, error)

@@ -112,7 +112,7 @@ def rollback(server: Server, name: str, alias: str) -> Answer:
 def _resident(answer: Answer) -> RenderableType:
     body = answer.body
     words = ["in the slots" if body["resident"] else "not in the slots"]
-    words += ["pinned"] if body["pinned"] else []
+    words += ["pinned" if body["pin_held"] else "pinned, not held"] if body["pinned"] else []
     words += _in_flight(body)
     return f"{body['name']}@{body['version']} is {', '.join(words)}"
 

@@ -154,6 +154,7 @@ def _versions(versions: Sequence[dict[str, Any]]) -> Table:
 
 def _state(version: dict[str, Any]) -> str:
     words = [word for word in ("damaged", "pinned") if version.get(word)]
+    words += ["pin not held"] if version["pinned"] and not version["pin_held"] else []
     words += ["in slots"] if version["resident"] else []
     words += [f"{version['in_flight']} in flight"] if version["in_flight"] else []
     return ", ".join(words)

@@ -235,9 +235,12 @@ def post(adapters: Adapters, name: str, verb: str) -> tuple[int, dict[str, Any]]
 def test_load_pin_unpin_and_unload_answer_where_the_adapter_is(adapters: Adapters) -> None:
     put = adapters.put("placed", adapters.file(23)).json()
     entry = {"name": "placed", "version": 1, "digest": put["digest"]}
-    state = {"resident": True, "pinned": False, "in_flight": 0}
+    state = {"resident": True, "pinned": False, "pin_held": False, "in_flight": 0}
     assert post(adapters, "placed", "load") == (200, entry | state)
-    assert post(adapters, "placed", "pin") == (200, entry | state | {"pinned": True})
+    assert post(adapters, "placed", "pin") == (
+        200,
+        entry | state | {"pinned": True, "pin_held": True},
+    )
     assert adapters.versions("placed")[0]["pinned"]
     assert post(adapters, "placed", "unpin") == (200, entry | state)
     assert post(adapters, "placed", "unload") == (200, entry | state | {"resident": False})
@@ -254,6 +257,24 @@ def test_unload_drains_the_requests_of_now(adapters: Adapters) -> None:
     wait_until(lambda: not adapters.versions("draining")[0]["resident"])
     status, body = post(adapters, "draining", "unload")
     assert (status, body["in_flight"]) == (200, 0)
+
+
+def test_identical_bytes_under_another_name_show_and_take_nothing(adapters: Adapters) -> None:
+    for name in ("same-mine", "same-theirs"):
+        adapters.put(name, adapters.file(40))
+    with long_request(adapters, "same-mine") as admitted:
+        assert post(adapters, "same-mine", "pin")[1]["pinned"]
+        mine, theirs = adapters.versions("same-mine")[0], adapters.versions("same-theirs")[0]
+        assert (mine["pinned"], mine["in_flight"]) == (True, 1)
+        states = {theirs[field] for field in ("resident", "pinned", "pin_held", "in_flight")}
+        assert states == {False}
+        for verb in ("unload", "unpin", "load", "unload"):
+            assert post(adapters, "same-theirs", verb)[0] == 200
+        assert adapters.client.delete("/adapters/same-theirs").status_code == 200
+        assert answered_by(admitted.result()) == (mine["digest"], 1)
+    after = adapters.versions("same-mine")[0]
+    assert [after[field] for field in ("resident", "pinned", "pin_held")] == [True] * 3
+    assert post(adapters, "same-mine", "unload")[1]["resident"] is False
 
 
 @pytest.mark.parametrize("verb", ["load", "unload", "pin", "unpin", "verify"])
