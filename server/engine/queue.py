@@ -127,7 +127,9 @@ class JobQueue:
 
     def _deal(self, budget: int, hold: Hold) -> Deal:
         now = time.monotonic()
-        if self._cold and now > self._retried + self._retry_s:
+        if not self._cold:
+            self._retried = now
+        elif now > self._retried + self._retry_s:
             self._retry_cold(now)
         deal = Deal(self._keys, budget, hold, now)
         deal.run()
