@@ -40,7 +40,8 @@ class SlotPool:
     """Resident adapters by digest. All methods are thread-safe and none but `load_now` waits.
 
     `read` brings an adapter from disk (it may raise TrunklineError); `changed` is called, with no
-    lock held, with the digest whenever a load has ended, `loaded` with the seconds of one that succeeded.
+    lock held, with the digest of every load that has ended, `loaded` with the seconds of one that
+    succeeded.
     """
 
     def __init__(

@@ -57,6 +57,10 @@ def post(
     return Question(_request("POST", path, raw, "application/json", accept, key), tokens)
 
 
+def get(path: str, key: str) -> bytes:
+    return _request("GET", path, b"", "application/json", "*/*", key)
+
+
 def put(path: str, file: bytes) -> bytes:
     return _request("PUT", path, file, "application/octet-stream", "application/json")
 

@@ -136,7 +136,7 @@ def _over_enough(pairs: Sequence[tuple[float, float]]) -> float:
     return sum(most for _, most in pairs) / sum(enough for enough, _ in pairs)
 
 
-def _cores() -> tuple[list[int], list[int]]:
+def cores() -> tuple[list[int], list[int]]:
     """The server's and the generator's, which is the last; none where there are not two."""
     if not hasattr(os, "sched_getaffinity"):
         return [], []
@@ -166,7 +166,7 @@ def run(
             for name in ("loud", "quiet")
         ]
         flags = [*server_arguments(plan, folder, data), *settings]
-        own, rest = ([], []) if together else _cores()
+        own, rest = ([], []) if together else cores()
         with trunkline(plan.scratch / "log", *flags, cores=own) as server, on_cores(rest):
             return measure(server, trunk, keys, window_s, factors, rounds, pairs, connections)
 

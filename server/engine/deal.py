@@ -19,6 +19,8 @@ MISFITS = 32
 # Jobs without a forward (late, abandoned, or without their adapter) that one deal gives back. They
 # cost no budget, and a client that leaves can leave many: the lock is not held for all of them.
 GIVEN_BACK = 1024
+# Lines of one key that one deal finds without their adapter, for the same reason.
+COLD = 1024
 
 Hold = Callable[[str, str], Slot | None]  # digest, API key: SlotPool.hold
 
@@ -57,7 +59,8 @@ class Deal:
         self.sent: dict[LineKey, int] = {}  # tokens
         self.parked: list[tuple[KeyLines, LineKey, str]] = []  # with the digest to be loaded
         self._keys, self._left, self._hold = keys, budget, hold
-        self._misfits = 0
+        self.cut_short = False  # there may be jobs that could go, though the batch is not full
+        self._misfits = self._given_back = 0
         self._now = now  # time.monotonic()
 
     def run(self) -> None:
@@ -76,7 +79,7 @@ class Deal:
         self._keys.put_back(passed)
 
     def _goes_on(self) -> bool:
-        given_back = len(self.taken.unwanted) + len(self.taken.failed)
+        given_back = self._given_back
         return self._left > 0 and self._misfits < MISFITS and given_back < GIVEN_BACK
 
     def _turn_of_key(self, key: KeyLines) -> bool:
@@ -85,8 +88,11 @@ class Deal:
             key.in_turn = True
             key.deficit += QUANTUM
         passed = []
-        ended = None
+        ended, most_parked = None, len(self.parked) + COLD
         while self._goes_on() and key.rounds and ended is not _Ended.KEY:
+            if len(self.parked) >= most_parked:
+                self.cut_short = True
+                break
             name, line, is_new = key.rounds.first()
             if not line.jobs:
                 continue
@@ -103,17 +109,13 @@ class Deal:
         return ended is _Ended.KEY or not key.jobs
 
     def _turn_of_line(self, key: KeyLines, line: Line) -> _Ended:
-        self._drop_unwanted(key, line)
-        if line.jobs and self._goes_on():
+        if self._next_wanted(key, line):
             if not self._holds(key, line):
                 return _Ended.COLD
-            if line.jobs and not line.in_turn:
+            if not line.in_turn:
                 line.in_turn = True
                 line.deficit += QUANTUM * line.weight
-        ended = self._send(key, line)
-        if not line.jobs:
-            line.deficit = 0.0
-        return ended
+        return self._send(key, line)
 
     def _holds(self, key: KeyLines, line: Line) -> bool:
         """Whether the line can go on: its slot is held, or its load failed and so its jobs did."""
@@ -123,8 +125,9 @@ class Deal:
         try:
             slot = self._hold(digest, key.key)
         except TrunklineError as error:
-            while line.jobs and self._goes_on():
+            while line.jobs and self._given_back < GIVEN_BACK:
                 self.taken.failed.append((key.pop(line), error))
+                self._given_back += 1
             return True
         if slot is not None:
             self.taken.slots[digest] = slot
@@ -132,32 +135,44 @@ class Deal:
 
     def _send(self, key: KeyLines, line: Line) -> _Ended:
         """Move into the batch what both deficits and the batch allow."""
-        while line.jobs:
+        sent, allowed = 0, min(line.deficit, key.deficit)
+        while self._next_wanted(key, line):
             tokens = line.jobs[0].tokens
-            if not self._goes_on():
-                return _Ended.BATCH
-            if tokens > line.deficit:
-                return _Ended.TURN
-            if tokens > key.deficit:
-                return _Ended.KEY
-            if tokens > self._left and self.taken.jobs:
+            if sent + tokens > allowed:
+                break
+            if sent + tokens > self._left and self.taken.jobs:
                 self._misfits += 1
-                return _Ended.BATCH
+                break
             self.taken.jobs.append(key.pop(line))
-            line.deficit -= tokens
-            key.deficit -= tokens
-            self._left -= tokens
-            self.sent[line.name] = self.sent.get(line.name, 0) + tokens
-            self._drop_unwanted(key, line)
-        return _Ended.TURN
+            sent += tokens
+        line.deficit -= sent
+        key.deficit -= sent
+        self._left -= sent
+        if sent:
+            self.sent[line.name] = self.sent.get(line.name, 0) + sent
+        return self._why_ended(key, line)
 
-    def _drop_unwanted(self, key: KeyLines, line: Line) -> None:
-        """Take off the line's head the jobs that nobody waits for any more, or that are late."""
-        while line.jobs and self._goes_on():
+    def _why_ended(self, key: KeyLines, line: Line) -> _Ended:
+        if not line.jobs:
+            line.deficit = 0.0
+            return _Ended.TURN
+        tokens = line.jobs[0].tokens
+        if self._left <= 0 or self._given_back >= GIVEN_BACK:
+            return _Ended.BATCH
+        if tokens > line.deficit:
+            return _Ended.TURN
+        return _Ended.KEY if tokens > key.deficit else _Ended.BATCH
+
+    def _next_wanted(self, key: KeyLines, line: Line) -> bool:
+        """Whether the line's first job is to be run; those that nobody waits for any more, or
+        that are late, are taken off before it."""
+        while line.jobs and self._given_back < GIVEN_BACK:
             first = line.jobs[0]
             if not first.reply.abandoned and first.deadline > self._now:
-                return
+                return True
             self.taken.unwanted.append(key.pop(line))
+            self._given_back += 1
+        return False
 
 
 def _digest(job: Job) -> str:

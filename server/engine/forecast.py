@@ -48,6 +48,7 @@ class _Asked:
     """What the members of one level asked for, all keys or the lines of one key."""
 
     waiting: Values  # tokens
+    tokens: int  # that wait in all
     weights: Values
     coming: Values  # tokens a second
     places: Mapping[Hashable, int]  # by the member's name
@@ -58,13 +59,13 @@ class _Asked:
         age = moment.now - self.at
         if 0 <= age < KEPT_S * len(self.waiting):
             return True
-        same = abs(waiting - self.waiting.sum()) < STALE * moment.capacity
-        return bool(same) and moment.deals == self.deals and age < PERIOD_S
+        same = abs(waiting - self.tokens) < STALE * moment.capacity
+        return same and moment.deals == self.deals and age < PERIOD_S
 
     def level(self, most_s: float, above: Outlook | None, capacity: float, rate: float) -> "_Level":
         demands: Values = self.waiting + self.coming * most_s
         outlook = water_level(demands, self.weights, self.coming, capacity, rate)
-        return _Level(self, most_s, above, demands, outlook)
+        return _Level(self, most_s, above, demands, float(demands.sum()), outlook)
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class _Level:
     most_s: float
     above: Outlook | None  # of the keys, where this is one of lines
     demands: Values  # tokens until most_s
+    demand: float  # of all
     outlook: Outlook
 
     def spare_for(self, tokens: float, demand: float) -> bool:
@@ -117,7 +119,7 @@ class Forecast:
         if math.isinf(level.outlook.reach):
             return moment.waiting > level.outlook.spare
         over = level.demands > level.outlook.reach
-        names = [name for name, place in level.asked.places.items() if over[place]]
+        names = [str(name) for name, place in level.asked.places.items() if over[place]]
         return len(names) > LOOKED_AT or any(self._has_late_line(name, moment) for name in names)
 
     def _has_late_line(self, name: str, moment: Moment) -> bool:
@@ -151,7 +153,7 @@ class Forecast:
 
     def _fitting_level_of_lines(self, key: KeyLines, above: Outlook, moment: Moment) -> _Level:
         level = self._level_of_lines(key, above, moment)
-        room = level.spare_for(key.tokens, level.demands.sum())
+        room = level.spare_for(key.tokens, level.demand)
         if math.isinf(level.outlook.reach) and not room:
             del self._of_lines[key.key]
             return self._level_of_lines(key, above, moment)
@@ -211,6 +213,7 @@ def _asked(
     names = [*waiting, *(name for name in coming if name not in waiting)]
     return _Asked(
         np.array([waiting.get(name, 0) for name in names], np.float64),
+        sum(waiting.values()),
         np.array([weight_of(name) for name in names], np.float64),
         CAUTION * np.array([coming.get(name, 0.0) for name in names], np.float64),
         {name: place for place, name in enumerate(names)},

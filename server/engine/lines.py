@@ -68,6 +68,11 @@ class KeyLines:
         self.cold[line.name] = line, was_new
 
     def unpark(self, name: LineKey) -> None:
-        """It goes first in its key again; it has its turn where its adapter is resident now."""
+        """Its load has ended: its turn comes first, as it would have."""
         line, was_new = self.cold.pop(name)
         self.rounds.put_back([(name, line, was_new)])
+
+    def retry(self, name: LineKey) -> None:
+        """Its load may have ended: its turn comes last, so that it holds up no others."""
+        line, was_new = self.cold.pop(name)
+        self.rounds.put_last(name, line, was_new)

@@ -12,10 +12,11 @@ from adapters.errors import TrunklineError
 from adapters.names import BASE
 from adapters.slots import Slot, SlotPool
 from server.engine.batcher import form_batch
+from server.engine.deal import Taken
 from server.engine.errors import DeadlineExceeded, Overloaded
 from server.engine.forward import Forward
 from server.engine.job import Job, Result
-from server.engine.queue import JobQueue, Taken
+from server.engine.queue import JobQueue
 from server.engine.rate import DrainRate
 from server.metrics import Metrics, Ran
 

@@ -15,7 +15,7 @@ from server.engine.shares import Shares
 # Lines that wait for a load are asked for again when the load has ended, and for certainty after
 # RETRY_S, and RETRY_LINE_S more for each such line: thousands of them must not cost the device's
 # time with every batch.
-RETRY_S, RETRY_LINE_S = 0.05, 50e-6
+RETRY_S, RETRY_LINE_S = 0.05, 200e-6
 
 
 class JobQueue:
@@ -78,7 +78,8 @@ class JobQueue:
     def loaded(self, digest: str) -> None:
         """A load has ended, well or not: lines that waited for it may go on."""
         with self._changed:
-            self._unpark(digest)
+            for key, line in self._cold.pop(digest, ()):
+                key.unpark(line)
             self._changed.notify()
 
     def take(self, budget: int, hold: Hold) -> Taken:
@@ -88,10 +89,13 @@ class JobQueue:
         """
         with self._changed:
             while True:
-                taken = self._deal(budget, hold) or self._deal_again(budget, hold)
-                if taken or self._closed:
-                    return taken
-                self._changed.wait(RETRY_S + self._retry_s if self._cold else None)
+                deal = self._deal(budget, hold)
+                if deal.taken or self._closed:
+                    return deal.taken
+                if deal.cut_short:
+                    self._changed.wait(0)  # lets others at the queue
+                else:
+                    self._changed.wait(self._retry_s if self._cold else None)
 
     def close(self) -> None:
         with self._changed:
@@ -121,10 +125,12 @@ class JobQueue:
     def _weight_of(self, name: LineKey) -> float:
         return self._weights.of(name[1])
 
-    def _deal(self, budget: int, hold: Hold) -> Taken:
+    def _deal(self, budget: int, hold: Hold) -> Deal:
         now = time.monotonic()
-        if self._cold and now > self._retried + RETRY_S + self._retry_s:
-            self._unpark_all(now)
+        if not self._cold:
+            self._retried = now
+        elif now > self._retried + self._retry_s:
+            self._retry_cold(now)
         deal = Deal(self._keys, budget, hold, now)
         deal.run()
         for key, line, digest in deal.parked:
@@ -135,25 +141,15 @@ class JobQueue:
         self._tokens -= sum(job.tokens for job in gone)
         self._forecast.dealt(deal.sent, now)
         self._deals += 1
-        return taken
-
-    def _deal_again(self, budget: int, hold: Hold) -> Taken:
-        """Nothing could go: before the device sleeps, the lines that wait for loads are tried."""
-        now = time.monotonic()
-        if not self._cold or now < self._retried + self._retry_s:
-            return Taken()
-        self._unpark_all(now)
-        return self._deal(budget, hold)
+        return deal
 
     @property
     def _retry_s(self) -> float:
-        return RETRY_LINE_S * len(self._cold)
+        return RETRY_S + RETRY_LINE_S * len(self._cold)
 
-    def _unpark_all(self, now: float) -> None:
+    def _retry_cold(self, now: float) -> None:
         self._retried = now
-        for digest in [*self._cold]:
-            self._unpark(digest)
-
-    def _unpark(self, digest: str) -> None:
-        for key, line in self._cold.pop(digest, ()):
-            key.unpark(line)
+        for lines in self._cold.values():
+            for key, line in lines:
+                key.retry(line)
+        self._cold.clear()

@@ -51,3 +51,7 @@ class Rounds(Generic[Name, Member]):
             those = self._new if is_new else self._old
             those[name] = member
             those.move_to_end(name, last=False)
+
+    def put_last(self, name: Name, member: Member, is_new: bool) -> None:
+        """A member from `first` whose turn comes after those of all others that are new or old."""
+        (self._new if is_new else self._old)[name] = member
