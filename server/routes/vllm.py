@@ -1,6 +1,5 @@
 """POST /v1/load_lora_adapter and /v1/unload_lora_adapter: vLLM's shapes, from one folder only."""
 
-import asyncio
 import os
 from collections.abc import Iterator
 from functools import partial
@@ -21,7 +20,7 @@ from server.arrivals import Published, publish_folder
 from server.bodies import read_json
 from server.engine.errors import BadInput, Draining
 from server.errors import RequestError
-from server.guard import check_adapter
+from server.guard import check_adapter, key_of
 from server.routes import adapter_documents as says
 from server.routes.documented import BODY, UPLOAD, json_body, ok, openai_errors
 from server.schemas import LoadLoraRequest, UnloadLoraRequest
@@ -49,10 +48,12 @@ async def load_lora_adapter(request: Request) -> Response:
     if state.draining:
         raise Draining("the server is stopping", retry_after_s=5)
     check_adapter(request, body.lora_name)
-    found = await asyncio.to_thread(_confined, body.lora_path, state.settings.import_root)
+    root = state.settings.import_root
+    found = await state.admin.call(request, _confined, body.lora_path, root)
     condition = UNCONDITIONAL if body.load_inplace else MUST_BE_NEW
     wanted = Upload(body.lora_name, "load_lora_adapter", condition=condition)
-    published = await _publish(state.library, wanted, found, state.settings.max_adapter_bytes)
+    max_bytes = state.settings.max_adapter_bytes
+    published = await _publish(request, state.library, wanted, found, max_bytes)
     answer = {"status": "success"} | (adapter_entry(published.version) or {})
     answer |= {} if published.converted is None else {"converted": published.converted}
     return JSONAnswer(answer)
@@ -70,9 +71,9 @@ async def unload_lora_adapter(request: Request) -> Response:
     state = state_of(request)
     body = await read_json(request, UnloadLoraRequest, state.settings.max_body_bytes)
     check_adapter(request, body.lora_name)
-    in_flight = await asyncio.to_thread(
-        state.library.remove, body.lora_name, None, "unload_lora_adapter"
-    )
+    remove = state.library.remove
+    who = "unload_lora_adapter"
+    in_flight = await state.admin.call(request, remove, body.lora_name, None, who)
     return JSONAnswer({"status": "success", "in_flight": in_flight}, 202 if in_flight else 200)
 
 
@@ -117,14 +118,20 @@ def _below(root: Path, path: Path) -> Path:
 
 
 async def _publish(
-    library: Library, wanted: Upload, found: Path | tuple[Path, Path], max_bytes: int
+    request: Request,
+    library: Library,
+    wanted: Upload,
+    found: Path | tuple[Path, Path],
+    max_bytes: int,
 ) -> Published:
+    admin = state_of(request).admin
     try:
-        await asyncio.to_thread(library.check_upload, wanted)
+        await admin.call(request, library.check_upload, wanted)
         if isinstance(found, Path):
-            return await asyncio.to_thread(_publish_file, library, wanted, found, max_bytes)
+            work = partial(_publish_file, library, wanted, found, max_bytes)
+            return await admin.publish.run(key_of(request), work)
         read = partial(_read_folder, *found, max_bytes)
-        return await publish_folder(library, wanted, read, max_bytes)
+        return await publish_folder(request, library, wanted, read, max_bytes)
     except Conflict as error:  # no client sent a condition: load_inplace is what makes it one
         raise BadInput(
             f"the adapter {wanted.name} has already been loaded; set load_inplace to true to "
