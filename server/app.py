@@ -197,6 +197,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     yield
     await state.engine.stop()
     app.state.turns.close()
+    state.admin.close()
     state.library.close()
     await asyncio.to_thread(state.at_end)
 

@@ -1,21 +1,19 @@
 """Uploads that are published: an adapter file as it is, a PEFT folder converted on arrival."""
 
-import asyncio
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+
+from starlette.requests import Request
 
 from adapters.library import Library, Upload
 from adapters.peft import PeftFolder, convert
 from adapters.peft_archive import read_archive
 from adapters.versions import Version
+from server.guard import key_of
+from server.state import state_of
 from server.uploads import Arrived, too_large
-
-# One thread: a conversion holds a folder and what is made of it in memory, up to three times the
-# largest adapter file. The event loop and the other uploads go on meanwhile.
-_CONVERTER = ThreadPoolExecutor(1, "peft")
 
 
 @dataclass(frozen=True)
@@ -25,21 +23,31 @@ class Published:
     converted: Mapping[str, Any] | None = None  # what was made of a PEFT folder
 
 
-async def publish(library: Library, wanted: Upload, arrived: Arrived, max_bytes: int) -> Published:
-    """Raises as Library.publish, and PeftRefused."""
+async def publish(
+    request: Request, library: Library, wanted: Upload, arrived: Arrived, max_bytes: int
+) -> Published:
+    """Validated, probed and stored in turn with other keys' uploads, whether or not the client
+    stays. Raises as Library.publish, PeftRefused, and Overloaded.
+    """
     if arrived.form is None:
-        return Published(*await asyncio.to_thread(library.publish, wanted, arrived.incoming))
+        publishing = state_of(request).admin.publish
+        work = partial(library.publish, wanted, arrived.incoming)
+        return Published(*await publishing.run(key_of(request), work))
     path, form, boundary = arrived.incoming.path, arrived.form, arrived.boundary
     read = partial(read_archive, path, form, max_bytes, boundary)
-    return await publish_folder(library, wanted, read, max_bytes)
+    return await publish_folder(request, library, wanted, read, max_bytes)
 
 
 async def publish_folder(
-    library: Library, wanted: Upload, read: Callable[[], PeftFolder], max_bytes: int
+    request: Request,
+    library: Library,
+    wanted: Upload,
+    read: Callable[[], PeftFolder],
+    max_bytes: int,
 ) -> Published:
     """The same for the PEFT folder that `read` returns."""
-    loop = asyncio.get_running_loop()
-    return await loop.run_in_executor(_CONVERTER, _publish_folder, library, wanted, read, max_bytes)
+    work = partial(_publish_folder, library, wanted, read, max_bytes)
+    return await state_of(request).admin.convert.run(key_of(request), work)
 
 
 def _publish_folder(

@@ -5,6 +5,7 @@ import contextvars
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -53,7 +54,8 @@ class FairWork:
         """Returns what `work` returns, or raises what it raises; it sees the caller's contextvars.
 
         Raises Overloaded if the key has `most_waiting` pieces of work waiting already. If the
-        awaiting task is cancelled, work that has not begun is dropped.
+        awaiting task is cancelled, work that has not begun is dropped; what has begun is awaited
+        first, so that nothing that it uses is released under it.
         """
         if self.waiting(key) >= self._most_waiting:
             raise self._refusal(key)
@@ -62,9 +64,10 @@ class FairWork:
         self._lines.add(key, task)
         self._deal()
         try:
-            return await future
+            return await asyncio.shield(future)
         except asyncio.CancelledError:
-            self._lines.drop(key, task)
+            if not self._lines.drop(key, task):
+                await _ended(future)
             raise
 
     def close(self) -> None:
@@ -93,6 +96,15 @@ class FairWork:
         self.rate.note(task.cost, (time.monotonic() - began) / self._count)
         _pass_on(running, task.future)
         self._deal()
+
+
+async def _ended(future: asyncio.Future[Any]) -> None:
+    """Wait for it, whatever cancels the waiting task meanwhile; its error is the caller's."""
+    while not future.done():
+        with suppress(asyncio.CancelledError):
+            await asyncio.wait({future})
+    if not future.cancelled():
+        future.exception()  # so that nothing reports it as never retrieved
 
 
 def _pass_on(source: asyncio.Future[Any], target: asyncio.Future[Any]) -> None:

@@ -45,7 +45,8 @@ def _at_most(raw: bytes) -> int:
     count = raw.count
     openings = count(b"[") + count(b"{")
     cost = VALUE * count(b",") + OPENING * openings + KEY * count(b":")
-    return cost + STRING * count(b'"') // 2 + len(raw) // DIGITS
+    digits = len(raw) - len(raw.translate(None, b"0123456789"))
+    return cost + STRING * count(b'"') // 2 + digits // DIGITS
 
 
 def _count(raw: bytes) -> tuple[int, int]:

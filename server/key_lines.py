@@ -51,14 +51,15 @@ class KeyLines(Generic[Item]):
         self._tags = {k: tag for k, tag in kept if k in self._lines or tag > self._clock}
         return item
 
-    def drop(self, key: str, item: Item) -> None:
-        """Take out an item that waits; nothing if it does not."""
+    def drop(self, key: str, item: Item) -> bool:
+        """Take out an item; False if it does not wait here any more."""
         line = self._lines.get(key)
         if line is None or item not in line:
-            return
+            return False
         line.remove(item)
         if not line:
             del self._lines[key]
+        return True
 
     def clear(self) -> list[Item]:
         """Take out all."""

@@ -8,6 +8,7 @@ from starlette.requests import Request
 
 from adapters.library import Library
 from model.checkpoint import Backbone
+from server.admin_work import AdminWork
 from server.engine.engine import Engine
 from server.engine.forward import Forward
 from server.metrics import Metrics
@@ -21,6 +22,7 @@ class ServerState:
     forward: Forward
     library: Library
     metrics: Metrics
+    admin: AdminWork = field(default_factory=AdminWork)
     started: float = field(default_factory=time.time)
     draining: bool = False  # a stop was asked for: no upload is begun any more
     engine_lost: Callable[[], None] = lambda: None  # set by who runs the process

@@ -1,9 +1,10 @@
 """An uploaded file: streamed to the disk while it is hashed, never whole in memory."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from starlette.requests import ClientDisconnect, Request
 
@@ -13,6 +14,8 @@ from adapters.store import BlobStore, Incoming
 from server.bodies import declared_length
 from server.digests import Verifier, declared_digests
 from server.errors import RequestError
+from server.guard import key_of
+from server.state import state_of
 
 WRITE_BYTES = 1 << 20  # written at once, in a worker thread
 # An adapter file (None), or the form in which a PEFT folder comes
@@ -43,19 +46,29 @@ async def upload(
 ) -> AsyncIterator[Arrived]:
     """The body as an Incoming, discarded at the end of the block unless it was stored.
 
+    It has a place among its key's uploads, a file and a descriptor from its first bytes on: a head
+    alone holds nothing.
+
     Raises RequestError; Invalid where the first bytes show that it is no adapter file, or where
-    the bytes are not those that the headers declare; StorageFull or ReadOnly.
+    the bytes are not those that the headers declare; StorageFull or ReadOnly; Overloaded.
     """
     form, boundary = _check_headers(request, max_bytes)
     verifier = Verifier(declared_digests(request))
-    incoming = await asyncio.to_thread(store.incoming)
-    try:
-        arrived = Arrived(incoming, form, boundary)
-        await _receive(request, arrived, verifier, max_bytes, timeout_s)
-        verifier.check()
-        yield arrived
-    finally:
-        await asyncio.to_thread(incoming.discard)
+    admin, key = state_of(request).admin, key_of(request)
+    parts, deadline = request.stream(), asyncio.get_running_loop().time() + timeout_s
+    async with _in_time(deadline, timeout_s):
+        first = await anext(parts, b"")
+    with admin.incoming.take(key):
+        incoming = await admin.uploads.run(key, store.incoming)
+        try:
+            arrived = Arrived(incoming, form, boundary)
+            disk = partial(admin.uploads.run, key)
+            async with _in_time(deadline, timeout_s):
+                await _write_body(_after(first, parts), arrived, verifier, max_bytes, disk)
+            verifier.check()
+            yield arrived
+        finally:
+            await asyncio.to_thread(incoming.discard)
 
 
 def _check_headers(request: Request, max_bytes: int) -> tuple[Form | None, str]:
@@ -86,37 +99,46 @@ def _boundary(options: str) -> str:
     raise RequestError("malformed_request", "multipart/form-data comes without its boundary")
 
 
-async def _receive(
-    request: Request, arrived: Arrived, verifier: Verifier, max_bytes: int, timeout_s: float
-) -> None:
+@asynccontextmanager
+async def _in_time(deadline: float, timeout_s: float) -> AsyncIterator[None]:
     try:
-        async with asyncio.timeout(timeout_s):
-            await _write_body(request, arrived, verifier, max_bytes)
+        async with asyncio.timeout_at(deadline):
+            yield
     except TimeoutError as error:
         raise RequestError("receive_timeout", f"the body took over {timeout_s:g} s") from error
     except ClientDisconnect as error:
         raise RequestError("malformed_json", "the client left before its body was there") from error
 
 
+async def _after(first: bytes, parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for part in parts:
+        yield part
+
+
 async def _write_body(
-    request: Request, arrived: Arrived, verifier: Verifier, max_bytes: int
+    parts: AsyncIterator[bytes],
+    arrived: Arrived,
+    verifier: Verifier,
+    max_bytes: int,
+    disk: Callable[[Callable[[], None]], Awaitable[None]],
 ) -> None:
     def write(part: bytes) -> None:
         incoming.write(part)
         verifier.update(part)
 
     incoming, pending = arrived.incoming, bytearray()
-    async for part in request.stream():
+    async for part in parts:
         pending += part
         if incoming.bytes + len(pending) > max_bytes:
             raise too_large(max_bytes)
         if arrived.form is None and incoming.bytes == 0 and len(pending) >= 8:
             header_length(pending)  # refuses what is no adapter before the rest of it arrives
         if len(pending) >= WRITE_BYTES:
-            await asyncio.to_thread(write, bytes(pending))
+            await disk(partial(write, bytes(pending)))
             pending.clear()
     if pending:
-        await asyncio.to_thread(write, bytes(pending))
+        await disk(partial(write, bytes(pending)))
 
 
 def too_large(max_bytes: int) -> RequestError:

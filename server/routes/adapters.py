@@ -1,6 +1,5 @@
 """/adapters: upload, list, promote, download, delete."""
 
-import asyncio
 import re
 from dataclasses import asdict
 
@@ -113,7 +112,7 @@ async def adapters(request: Request) -> Response:
         query.integer("limit", 100, 1, MAX_PAGE),
         query.text("after", MAX_CURSOR),
     )
-    page, following = await asyncio.to_thread(library.page, wanted)
+    page, following = await state_of(request).admin.call(request, library.page, wanted)
     data = [summary(named, library) for named in page]
     own = [each for each in library.unusable if caller is None or caller.key.may_use(each.name)]
     unusable = [asdict(each) for each in own[:MAX_PAGE]]
@@ -133,7 +132,8 @@ async def put_alias(request: Request, name: str, alias: str) -> Response:
     condition = condition_of(request)
     body = await read_json(request, AliasRequest, state.settings.max_body_bytes)
     check_name(name)
-    pointer = await asyncio.to_thread(
+    pointer = await state_of(request).admin.call(
+        request,
         state.library.registry.point,
         name,
         alias,
@@ -165,7 +165,7 @@ async def get_version(request: Request, name: str, number: str) -> Response:
     library = state_of(request).library
     check_name(name)
     wanted, condition = _version_number(number), condition_of(request)
-    named = await asyncio.to_thread(library.registry.named, name)
+    named = await state_of(request).admin.call(request, library.registry.named, name)
     version = next((each for each in named.versions if each.number == wanted), None)
     if version is None:
         raise VersionNotFound(f"{name} has no version {wanted}")
@@ -186,11 +186,11 @@ async def get_file(request: Request, name: str) -> Response:
     """The stored bytes of a reference, for the scope admin: weights are their owner's property."""
     library = state_of(request).library
     condition = condition_of(request)
-    version = await asyncio.to_thread(library.version, name)
+    version = await state_of(request).admin.call(request, library.version, name)
     known = not_modified(condition, version.number, CACHED)
     if known is not None:
         return known
-    return await asyncio.to_thread(StoredFile, library.store, version)
+    return await state_of(request).admin.call(request, StoredFile, library.store, version)
 
 
 @router.put(
@@ -217,12 +217,14 @@ async def put(request: Request, name: str) -> Response:
         allow_zero=query.flag("allow_zero", False),
         condition=condition_of(request),
     )
-    await asyncio.to_thread(state.library.check_upload, wanted)
+    await state_of(request).admin.call(request, state.library.check_upload, wanted)
     settings = state.settings
     async with upload(
         request, state.library.store, settings.max_adapter_bytes, settings.receive_timeout_s
     ) as arrived:
-        published = await publish(state.library, wanted, arrived, settings.max_adapter_bytes)
+        published = await publish(
+            request, state.library, wanted, arrived, settings.max_adapter_bytes
+        )
     answer = version_entry(published.version) | {"name": name}
     answer |= {} if published.converted is None else {"converted": published.converted}
     headers = {"etag": etag(published.version.number), "location": f"/adapters/{name}"}
@@ -240,12 +242,12 @@ async def get(request: Request, name: str) -> Response:
     library = state_of(request).library
     check_name(name)
     condition = condition_of(request)
-    named = await asyncio.to_thread(library.registry.named, name)
+    named = await state_of(request).admin.call(request, library.registry.named, name)
     current = named.current.number if named.current else None
     known = not_modified(condition, current)
     if known is not None:
         return known
-    audit = await asyncio.to_thread(library.registry.audit, name)
+    audit = await state_of(request).admin.call(request, library.registry.audit, name)
     versions = [placed_version(version, library) for version in named.versions]
     headers = {} if current is None else {"etag": etag(current)}
     answer = summary(named, library) | {"versions": versions, "audit": audit}
@@ -262,7 +264,9 @@ async def _delete(request: Request, name: str, number: int | None) -> Response:
     check_name(name)
     library = state_of(request).library
     condition = condition_of(request)
-    in_flight = await asyncio.to_thread(library.remove, name, number, who(request), condition)
+    in_flight = await state_of(request).admin.call(
+        request, library.remove, name, number, who(request), condition
+    )
     answer = {"name": name, "version": number, "in_flight": in_flight}
     return JSONAnswer(answer, 202 if in_flight else 200)
 

@@ -1,7 +1,5 @@
 """GET /diff: how far apart two adapters are, in numbers."""
 
-import asyncio
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fastapi import APIRouter
@@ -15,16 +13,14 @@ from adapters.format import AdapterSet
 from adapters.library import Library
 from adapters.versions import Version
 from model.checkpoint import Backbone
+from server.admin_work import Stop, in_turn
 from server.answer_shapes.differences import DiffAnswer
 from server.answers import JSONAnswer, adapter_entry
 from server.engine.errors import BadInput
-from server.guard import check_adapter
+from server.guard import check_adapter, key_of
 from server.routes.adapters import NAMED
 from server.routes.documented import READ, errors, ok, references
 from server.state import state_of
-
-# One: it reads files and computes, and those who ask for answers are not to wait for it.
-_WORKER = ThreadPoolExecutor(1, "diff")
 
 router = APIRouter(tags=["adapters"])
 
@@ -40,9 +36,12 @@ async def diff(request: Request) -> Response:
     """
     a, b = _reference(request, "a"), _reference(request, "b")
     state = state_of(request)
-    loop = asyncio.get_running_loop()
-    answer = await loop.run_in_executor(_WORKER, _diff, state.library, state.backbone, a, b)
-    return JSONAnswer(answer)
+
+    def work(stop: Stop) -> dict[str, Any]:
+        return _diff(state.library, state.backbone, a, b, stop)
+
+    with state.admin.diffs.take(key_of(request)):
+        return JSONAnswer(await in_turn(request, state.admin.diff, work))
 
 
 def _reference(request: Request, name: str) -> str:
@@ -53,8 +52,12 @@ def _reference(request: Request, name: str) -> str:
     return reference
 
 
-def _diff(library: Library, backbone: Backbone, a: str, b: str) -> dict[str, Any]:
-    (first, set_a), (second, set_b) = _read(library, a), _read(library, b)
+def _diff(library: Library, backbone: Backbone, a: str, b: str, stop: Stop) -> dict[str, Any]:
+    stop.check()
+    first, set_a = _read(library, a)
+    stop.check()
+    second, set_b = _read(library, b)
+    stop.check()
     weights = [_entry(found) for found in distances(set_a, set_b, _own(backbone))]
     return {"a": adapter_entry(first), "b": adapter_entry(second), "weights": weights}
 

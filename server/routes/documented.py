@@ -13,7 +13,7 @@ from server.schemas import REFERENCE_PATTERN
 
 HEAD = ("malformed_request", "receive_timeout", "headers_too_large")  # of every route
 GUARD = ("unauthorized", "forbidden", "quota_exceeded")  # of every route, once there are keys
-READ = ("not_ready", "internal_error")
+READ = ("not_ready", "internal_error", "overloaded", "draining")
 BODY = (
     "malformed_json",
     "invalid_utf8",
@@ -22,6 +22,7 @@ BODY = (
     "receive_timeout",
     "body_too_large",
     "unsupported_media_type",
+    "too_many_inputs",
     "validation_error",
     "empty_input",
     *READ,

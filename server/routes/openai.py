@@ -1,6 +1,5 @@
 """POST /v1/embeddings and GET /v1/models: OpenAI's shapes, so that its clients work unchanged."""
 
-import asyncio
 import time
 from typing import Any
 
@@ -144,7 +143,7 @@ async def models(request: Request) -> Response:
     named = reference_of(request.scope)
     if named is not None:
         return JSONAnswer({"object": "list", "data": [_model_of(request, named)]})
-    created = await asyncio.to_thread(state.library.registry.creation_times)
+    created = await state.admin.call(request, state.library.registry.creation_times)
     data = [_model(state.backbone.id, state.started)]
     caller = caller_of(request)
     data += [

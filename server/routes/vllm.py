@@ -1,6 +1,5 @@
 """POST /v1/load_lora_adapter and /v1/unload_lora_adapter: vLLM's shapes, from one folder only."""
 
-import asyncio
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from server.answers import JSONAnswer, adapter_entry
 from server.arrivals import Published, publish_folder
 from server.bodies import read_json
 from server.engine.errors import BadInput, Draining
-from server.guard import check_adapter, confined_caller
+from server.guard import check_adapter, confined_caller, key_of
 from server.import_root import ImportRoot
 from server.routes import adapter_documents as says
 from server.routes.adapters import who
@@ -52,10 +51,11 @@ async def load_lora_adapter(request: Request) -> Response:
     check_adapter(request, body.lora_name)
     confined = confined_caller(request)
     root = ImportRoot(state.settings.import_root, confined.key.may_use if confined else None)
-    found = await asyncio.to_thread(root.find, body.lora_path)
+    found = await state.admin.call(request, root.find, body.lora_path)
     condition = UNCONDITIONAL if body.load_inplace else MUST_BE_NEW
     wanted = Upload(body.lora_name, who(request), condition=condition)
-    published = await _publish(state.library, wanted, found, state.settings.max_adapter_bytes)
+    max_bytes = state.settings.max_adapter_bytes
+    published = await _publish(request, state.library, wanted, found, max_bytes)
     answer = {"status": "success"} | (adapter_entry(published.version) or {})
     answer |= {} if published.converted is None else {"converted": published.converted}
     return JSONAnswer(answer)
@@ -73,19 +73,26 @@ async def unload_lora_adapter(request: Request) -> Response:
     state = state_of(request)
     body = await read_json(request, UnloadLoraRequest, state.settings.max_body_bytes)
     check_adapter(request, body.lora_name)
-    in_flight = await asyncio.to_thread(state.library.remove, body.lora_name, None, who(request))
+    remove, name = state.library.remove, body.lora_name
+    in_flight = await state.admin.call(request, remove, name, None, who(request))
     return JSONAnswer({"status": "success", "in_flight": in_flight}, 202 if in_flight else 200)
 
 
 async def _publish(
-    library: Library, wanted: Upload, found: Path | tuple[Path, Path], max_bytes: int
+    request: Request,
+    library: Library,
+    wanted: Upload,
+    found: Path | tuple[Path, Path],
+    max_bytes: int,
 ) -> Published:
+    admin = state_of(request).admin
     try:
-        await asyncio.to_thread(library.check_upload, wanted)
+        await admin.call(request, library.check_upload, wanted)
         if isinstance(found, Path):
-            return await asyncio.to_thread(_publish_file, library, wanted, found, max_bytes)
+            work = partial(_publish_file, library, wanted, found, max_bytes)
+            return await admin.publish.run(key_of(request), work)
         read = partial(_read_folder, *found, max_bytes)
-        return await publish_folder(library, wanted, read, max_bytes)
+        return await publish_folder(request, library, wanted, read, max_bytes)
     except Conflict as error:  # no client sent a condition: load_inplace is what makes it one
         raise BadInput(
             f"the adapter {wanted.name} has already been loaded; set load_inplace to true to "

@@ -93,15 +93,18 @@ def test_work_that_has_not_begun_is_dropped_with_its_task_and_its_place_is_free(
     asyncio.run(run())
 
 
-def test_a_task_that_leaves_while_its_work_runs_keeps_the_thread_until_the_work_ends() -> None:
+def test_a_task_that_is_cancelled_while_its_work_runs_ends_with_the_work() -> None:
     async def run() -> None:
         bench = Bench()
         await asyncio.sleep(0)
         bench.tasks[0].cancel()
         await bench.ask("b", 1)
+        bench.tasks[0].cancel()
         await asyncio.sleep(0.01)
+        assert not bench.tasks[0].done()
         assert bench.order == []
         assert await bench.finish() == ["b0"]
+        assert bench.tasks[0].cancelled()
 
     asyncio.run(run())
 
