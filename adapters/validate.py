@@ -8,9 +8,13 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
+import numpy as np
+import orjson
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from adapters.errors import Invalid
@@ -56,6 +60,16 @@ class Manifest:
         ranks = {int(layer): sites for layer, sites in stored["ranks"].items()}
         known = {each.name: stored[each.name] for each in fields(cls) if each.name in stored}
         return cls(**known | {"ranks": ranks, "labels": tuple(stored["labels"])})
+
+    @cached_property
+    def _longest_labels(self) -> NDArray[np.int64]:
+        """The bytes of the n longest labels together, at n - 1, as JSON within JSON."""
+        escaped = [len(orjson.dumps(orjson.dumps(label).decode())) for label in self.labels]
+        return np.cumsum(np.sort(np.array(escaped))[::-1])
+
+    def longest_labels(self, count: int) -> int:
+        """The most bytes that `count` of the labels have in JSON, be it text of other JSON."""
+        return int(self._longest_labels[count - 1])
 
     @property
     def rank(self) -> int:
