@@ -136,16 +136,23 @@ class Tokenizer:
                 return end, counted
         return None
 
-    def least_tokens(self, text: str) -> int:
+    def least_tokens(self, text: str, most: int) -> int:
         """How many tokens the text has at least, by its length alone; 0 where that tells nothing.
 
         No token stands for more characters than its entry has, unless the tokenizer rewrites the
-        text, drops parts of it, or has one unknown token for many characters.
+        text, drops parts of it, or has one unknown token for many characters. Counts no further
+        than it takes to see that they are over `most`.
         """
         if not self._longest:
             return 0
-        counted = "".join(text.split()) if self._swallows_spaces else text
-        return len(counted) // self._longest
+        if not self._swallows_spaces:
+            return len(text) // self._longest
+        counted = 0
+        for start in range(0, len(text), PIECE):
+            counted += len("".join(text[start : start + PIECE].split()))
+            if counted // self._longest > most:
+                break
+        return counted // self._longest
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=False)

@@ -103,7 +103,9 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.turns = Turns(settings.max_queue_s)
     app.state.builders = Builders(settings.answer_memory)
     app.state.tokenizer_threads = TokenizerThreads()
+    answers = app.state.builders.memory
     app.state.server = ServerState(settings, backbone, forward, library, Metrics())
+    app.state.server.metrics.answer_bytes.set_function(lambda: answers.held)
     app.state.server.metrics.watch_residency(lambda: _residency(library))
     keys = settings.keys or (settings.data_dir or default_data_dir()) / "keys.json"
     app.state.keys = KeyRing(keys)

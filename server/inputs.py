@@ -96,8 +96,6 @@ async def encode_inputs(
     much of the API key `key` waits for the threads.
     """
     texts = [item for item in inputs if isinstance(item, str)]
-    if sum(map(len, texts)) > min(most.tokens, most.in_all):  # else there are not so many
-        _refuse_too_long(inputs, tokenizer, cut, most)
     if sum(map(len, texts)) <= INLINE_CHARACTERS:
         return _encode_all(inputs, tokenizer, cut, most)
     long = max(map(len, texts)) > LONG_CHARACTERS
@@ -110,7 +108,7 @@ def _refuse_too_long(
 ) -> None:
     in_all = 0
     for row, item in enumerate(inputs):
-        least = tokenizer.least_tokens(item) if isinstance(item, str) else 0
+        least = tokenizer.least_tokens(item, most.tokens) if isinstance(item, str) else 0
         if least > most.tokens:
             raise _too_long(least, row, most)
         in_all += min(least, cut.most(row)) if cut else least
@@ -131,6 +129,9 @@ def check_tokens(tokens: int, limit: int, how: str = "") -> None:
 def _encode_all(
     inputs: Sequence[str | Ids], tokenizer: Tokenizer, cut: Cut | None, most: Most
 ) -> list[Encoded]:
+    characters = sum(len(item) for item in inputs if isinstance(item, str))
+    if characters > min(most.tokens, most.in_all):  # else there are not so many tokens
+        _refuse_too_long(inputs, tokenizer, cut, most)
     rows, tokens = [], 0
     for row, item in enumerate(inputs):
         encoded = _encode(item, row, tokenizer, cut, most)

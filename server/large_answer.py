@@ -13,7 +13,7 @@ from server.connection import CLIENT, Client
 
 PART_BYTES = 256 << 10  # of one write
 REST_S = 50e-6  # from one piece to the next: other threads get the GIL
-WORK_S = 1e-3  # of pieces without a rest
+WORK_S = 4e-3  # of pieces without a rest
 GRACE_S, LEAST_BYTES_PER_S = 60, 64 << 10  # a client has GRACE_S, and its body's bytes by the rate
 
 
