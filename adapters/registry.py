@@ -113,6 +113,10 @@ class Registry:
         query, values = page_query(wanted)
         return [(name, key) for name, key in self._rows(query, *values)]
 
+    def rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
+        """What a query of adapters.version_pages gives."""
+        return self._database.rows(query, *values)
+
     def count(self) -> int:
         rows = self._rows("SELECT count(DISTINCT name) FROM versions WHERE deleted_at IS NULL")
         count: int = rows[0][0]

@@ -25,6 +25,7 @@ from model.heads import CALIBRATION_BUCKETS, SEQUENCE_HEAD
 
 MAX_RANK = 64
 MAX_LABELS = 10_000
+MAX_METADATA = 64 << 10  # characters of all names and values together; labels do not count
 SHOWN_DIGEST = len("sha256:") + 12  # characters, in a sentence
 MAX_NAME = 200  # characters of an unknown tensor's name that are compared with the known ones
 
@@ -110,6 +111,12 @@ def validate(
 def _check_metadata(metadata: Mapping[str, str], base_digest: str) -> None:
     if metadata.get("format", FORMAT) != FORMAT:
         raise Invalid("bad_metadata", f"metadata format must be {FORMAT}")
+    size = sum(len(key) + len(value) for key, value in metadata.items() if key != "labels")
+    if size > MAX_METADATA:
+        raise Invalid(
+            "metadata_too_large",
+            f"the metadata has {size} characters beside the labels; {MAX_METADATA} are taken",
+        )
     try:
         alpha = float(metadata.get("lora_alpha", ""))
     except ValueError:

@@ -3,9 +3,9 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 from adapters.names import CURRENT
+from adapters.record_cache import RecordCache
 from adapters.validate import Manifest
 
 
@@ -66,7 +66,7 @@ class Named:
         return next((version for version in self.versions if version.number == at), None)
 
 
-@lru_cache(maxsize=4096)
-def parse_record(text: str) -> Record:
-    """Record.from_json, remembered: the record of a digest never changes."""
-    return Record.from_json(text)
+# Record.from_json, remembered: the record of a digest never changes. A parsed one takes a few times
+# its text, which may have a megabyte of labels.
+MOST_CHARACTERS = 16 << 20
+parse_record = RecordCache(Record.from_json, MOST_CHARACTERS)
