@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup serve test lint format check crash soak bench loadtest overload soak-hour fuzz restarts attack clients audit docs-page docs image-test deploy-test demo demo-setup demo-data demo-train demo-evaluate races
+.PHONY: setup serve test lint format check crash soak bench loadtest overload soak-hour fuzz restarts attack clients audit docs-page docs image-test deploy-test demo demo-setup demo-data demo-train demo-evaluate races amplification
 
 setup: $(STAMP)
 
@@ -62,6 +62,11 @@ restarts: setup ## 100 rolling restarts of two servers behind a balancer, under 
 
 attack: setup ## every bad input for seconds each, with the latency of /health beside it: attack.md
 	ATTACK_S=2 ATTACK_REPORT=attack.md $(BIN)/python -m pytest -s tests/server/test_under_attack.py
+
+AMPLIFICATION_S ?= 3
+
+amplification: setup ## the costliest request of each route for seconds each, with /health, a quiet key and memory beside it: amplification.md (about 5 minutes)
+	AMPLIFICATION_S=$(AMPLIFICATION_S) AMPLIFICATION_REPORT=amplification.md $(BIN)/python -m pytest -s tests/server/test_amplification.py
 
 CLIENTS ?= .clients
 

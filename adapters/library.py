@@ -38,7 +38,8 @@ from adapters.slots import SlotPool
 from adapters.store import BlobStore, Incoming
 from adapters.usage import Usage, UsageBook
 from adapters.validate import MAX_RANK, validate
-from adapters.versions import Named, Record, Version
+from adapters.version_pages import Listed, listed, within_a_page
+from adapters.versions import Record, Version
 from model.checkpoint import Backbone
 from model.encoder import Encoder
 from model.heads import TrunkHeads
@@ -143,16 +144,17 @@ class Library:
     def usage(self, name: str) -> Usage:
         return self._usage.of(name)
 
-    def page(self, wanted: Wanted) -> tuple[list[Named], str | None]:
+    def page(self, wanted: Wanted) -> tuple[list[Listed], str | None]:
         """A page of the list and the cursor of the next, None at the end. Raises BadCursor."""
         more = replace(wanted, limit=wanted.limit + 1)
         rows = self.registry.rows_of_page(more)
         if wanted.sort in ("used", "requests"):
             counts = self._usage.values(of_last_use=wanted.sort == "used")
             rows = page_by_count([name for name, _ in rows], counts, more)
-        shown = rows[: wanted.limit]
-        cursor = wanted.cursor(shown[-1][1], shown[-1][0]) if len(rows) > wanted.limit else None
-        return self.registry.named_all([name for name, _ in shown]), cursor
+        names = within_a_page(self.registry.rows, [name for name, _ in rows[: wanted.limit]])
+        shown = rows[: len(names)]
+        cursor = wanted.cursor(shown[-1][1], shown[-1][0]) if len(rows) > len(shown) else None
+        return listed(self.registry.rows, names), cursor
 
     # Administration. These wait for the disk; none is to be called on the event loop.
 

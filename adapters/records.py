@@ -5,7 +5,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-MOST_BYTES = 512 << 10  # of texts: some 600 adapters of usual size; parsed they are four times that
+MOST_BYTES = 4 << 20  # of texts: some 5,000 adapters of usual size; parsed they are four times that
 
 Parsed = TypeVar("Parsed")
 
@@ -13,7 +13,8 @@ Parsed = TypeVar("Parsed")
 class ParsedTexts(Generic[Parsed]):
     """What texts were parsed to, the least recently asked for forgotten first. Thread-safe.
 
-    The bound is one of bytes, not of texts: a record with the largest metadata is a megabyte.
+    The bound is one of bytes, not of texts: a record with many labels is a megabyte. A text beyond
+    the bound is not remembered, and drives no other out.
     """
 
     def __init__(self, parse: Callable[[str], Parsed], most_bytes: int = MOST_BYTES) -> None:
@@ -28,6 +29,8 @@ class ParsedTexts(Generic[Parsed]):
                 self._known.move_to_end(text)
                 return self._known[text]
         parsed = self._parse(text)
+        if len(text) > self._most:
+            return parsed
         with self._lock:
             if text not in self._known:
                 self._known[text] = parsed

@@ -155,6 +155,10 @@ class Registry:
         query, values = page_query(wanted)
         return [(name, key) for name, key in self._rows(query, *values)]
 
+    def rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
+        """What a query of adapters/version_pages.py or adapters/pin_table.py gives."""
+        return self._database.rows(query, *values)
+
     def count(self) -> int:
         rows = self._rows("SELECT count(DISTINCT name) FROM versions WHERE deleted_at IS NULL")
         count: int = rows[0][0]
@@ -401,4 +405,4 @@ class Registry:
         history.trim_audit(connection, name)
 
     # For tables that are kept elsewhere: adapters/pin_table.py.
-    rows, note = _rows, _log
+    note = _log

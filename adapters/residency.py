@@ -51,6 +51,9 @@ class Residency:
             self._leases.of_use(use),
         )
 
+    def is_resident(self, name: str, number: int, digest: str) -> bool:
+        return self._slots.is_resident(digest, (name, number))
+
     def lease(self, reference: str, key: str) -> tuple[Version, Lease]:
         """The version a reference means, and a lease on it. Raises as Registry.resolve.
 

@@ -8,9 +8,13 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
+import numpy as np
+import orjson
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from adapters.errors import Invalid
@@ -21,6 +25,7 @@ from model.heads import CALIBRATION_BUCKETS, SEQUENCE_HEAD
 
 MAX_RANK = 64
 MAX_LABELS = 10_000
+MAX_METADATA = 64 << 10  # characters of all names and values together; labels do not count
 SHOWN_DIGEST = len("sha256:") + 12  # characters, in a sentence
 MAX_NAME = 200  # characters of an unknown tensor's name that are compared with the known ones
 
@@ -56,6 +61,16 @@ class Manifest:
         ranks = {int(layer): sites for layer, sites in stored["ranks"].items()}
         known = {each.name: stored[each.name] for each in fields(cls) if each.name in stored}
         return cls(**known | {"ranks": ranks, "labels": tuple(stored["labels"])})
+
+    @cached_property
+    def _longest_labels(self) -> NDArray[np.int64]:
+        """The bytes of the n longest labels together, at n - 1, as JSON within JSON."""
+        escaped = [len(orjson.dumps(orjson.dumps(label).decode())) for label in self.labels]
+        return np.cumsum(np.sort(np.array(escaped))[::-1])
+
+    def longest_labels(self, count: int) -> int:
+        """The most bytes that `count` of the labels have in JSON, be it text of other JSON."""
+        return int(self._longest_labels[count - 1])
 
     @property
     def rank(self) -> int:
@@ -96,6 +111,12 @@ def validate(
 def _check_metadata(metadata: Mapping[str, str], base_digest: str) -> None:
     if metadata.get("format", FORMAT) != FORMAT:
         raise Invalid("bad_metadata", f"metadata format must be {FORMAT}")
+    size = sum(len(key) + len(value) for key, value in metadata.items() if key != "labels")
+    if size > MAX_METADATA:
+        raise Invalid(
+            "metadata_too_large",
+            f"the metadata has {size} characters beside the labels; {MAX_METADATA} are taken",
+        )
     try:
         alpha = float(metadata.get("lora_alpha", ""))
     except ValueError:

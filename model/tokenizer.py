@@ -3,13 +3,25 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers import AddedToken, Encoding, decoders, models
 from tokenizers import Tokenizer as Backend
 
 # Longer texts are encoded without the GIL, which takes a little longer.
 LONG = 4096
+# In JSON: an escaped control character, or U+FFFD for each byte of a byte-level entry, is shorter.
+BYTES_OF_A_CHARACTER = 6
+# Texts beyond this many characters are counted piece by piece before they are encoded, since an
+# Encoding takes 200 bytes a token and its memory is freed in one call that holds the GIL.
+PIECE = 64 << 10
+# How many tokens of a text may change, at most, where a piece of it ends.
+TOKENS_OF_A_CUT = 256
+# An Encoding makes its list of places in one call, which holds the GIL for as long.
+MANY_TOKENS = 32 << 10
 # How many of the first ids stay, and where the last that stay begin
 Parts = Callable[[Sequence[int]], tuple[int, int]]
 
@@ -78,27 +90,69 @@ class Tokenizer:
         encoding = self._encoding(text)
         ids = encoding.ids
         head, tail = parts(ids) if parts is not None else (len(ids), len(ids))
-        if head == len(ids):
+        if head == len(ids) <= MANY_TOKENS:
             return Tokens(ids, encoding.offsets)
         kept = [*range(head), *range(tail, len(ids))]
         offsets = [encoding.token_to_chars(i) or (0, 0) for i in kept]
-        return Tokens([ids[i] for i in kept], offsets, cut=True)
+        return Tokens([ids[i] for i in kept], offsets, cut=head < len(ids))
 
     def _encoding(self, text: str) -> Encoding:
         if len(text) <= LONG:
             return self.backend.encode(text)
         return self.backend.encode_batch([text])[0]
 
-    def least_tokens(self, text: str) -> int:
+    def count_beyond(self, text: str, most: int) -> int | None:
+        """Returns a number of tokens above `most` that the text has at least, None if it has fewer.
+
+        A text of few more tokens than that can be None too. No more of it is encoded than needed.
+        """
+        found = self._end_of(text, most)
+        return None if found is None else found[1]
+
+    def head(self, text: str, most: int) -> str:
+        """The beginning of a text, whose first `most` tokens are those of the whole text.
+
+        Raises UntokenizableText where a character, be it behind the beginning, has no token.
+        """
+        if len(text) > PIECE:
+            self._refuse_unknown(text)
+        found = self._end_of(text, most)
+        return text if found is None else text[: found[0]]
+
+    def _end_of(self, text: str, most: int) -> tuple[int, int] | None:
+        """Where the first pieces end that have over `most` tokens, and how many they have.
+
+        A piece ends at a white space if it has one near its end; elsewhere some of the tokens
+        around are not those of the whole text, and do not count.
+        """
+        start, counted = 0, 0
+        while len(text) - start > PIECE:
+            end = start + PIECE
+            space = text.rfind(" ", end - LONG, end)
+            end = end if space <= start else space
+            counted += len(self._encoding(text[start:end])) - TOKENS_OF_A_CUT
+            start = end
+            if counted > most:
+                return end, counted
+        return None
+
+    def least_tokens(self, text: str, most: int) -> int:
         """How many tokens the text has at least, by its length alone; 0 where that tells nothing.
 
         No token stands for more characters than its entry has, unless the tokenizer rewrites the
-        text, drops parts of it, or has one unknown token for many characters.
+        text, drops parts of it, or has one unknown token for many characters. Counts no further
+        than it takes to see that they are over `most`.
         """
         if not self._longest:
             return 0
-        counted = "".join(text.split()) if self._swallows_spaces else text
-        return len(counted) // self._longest
+        if not self._swallows_spaces:
+            return len(text) // self._longest
+        counted = 0
+        for start in range(0, len(text), PIECE):
+            counted += len("".join(text[start : start + PIECE].split()))
+            if counted // self._longest > most:
+                break
+        return counted // self._longest
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=False)
@@ -109,6 +163,28 @@ class Tokenizer:
         if text is None:
             text = self._texts[token] = self.decode([token])
         return text
+
+    @cached_property
+    def _text_bytes(self) -> NDArray[np.int64]:
+        """The most bytes of each id's text in JSON, by the length of its entry."""
+        vocabulary = self.backend.get_vocab()
+        most = np.zeros(max(vocabulary.values(), default=0) + 1, np.int64)
+        for entry, token in vocabulary.items():
+            most[token] = BYTES_OF_A_CHARACTER * len(entry)
+        return most
+
+    @cached_property
+    def _longest_texts(self) -> NDArray[np.int64]:
+        """The bytes of the n longest texts together, at n - 1."""
+        return np.cumsum(np.sort(self._text_bytes)[::-1])
+
+    def most_text_bytes(self, ids: NDArray[np.int64]) -> int:
+        """The most bytes that the texts of these ids have in JSON. Any number is taken as an id."""
+        return int(np.take(self._text_bytes, ids, mode="clip").sum())
+
+    def longest_texts(self, count: int) -> int:
+        """The most bytes that the texts of `count` different ids have in JSON."""
+        return int(self._longest_texts[min(count, len(self._longest_texts)) - 1])
 
     def _refuse_unknown(self, text: str) -> None:
         # A model without an unknown token drops what it lacks and shifts the offsets behind it,

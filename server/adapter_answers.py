@@ -5,32 +5,32 @@ from typing import Any
 
 from adapters.library import Library
 from adapters.validate import Manifest
-from adapters.versions import Named, Version
+from adapters.version_pages import Listed
+from adapters.versions import Version
 from server.answers import adapter_entry
 
 
-def summary(named: Named, library: Library) -> dict[str, Any]:
+def summary(listed: Listed, library: Library) -> dict[str, Any]:
     """One row of the list; digest, rank, bytes and created_at are the current version's."""
-    current = named.current or named.versions[-1]
-    usage = library.usage(named.name)
+    usage = library.usage(listed.name)
     return {
-        "name": named.name,
-        "version": named.current.number if named.current else None,
+        "name": listed.name,
+        "version": listed.current,
         "aliases": {
             pointer.alias: {
                 "version": pointer.number,
                 "previous": pointer.previous,
                 "generation": pointer.generation,
             }
-            for pointer in named.pointers
+            for pointer in listed.pointers
         },
-        "versions": [version.number for version in named.versions],
-        "digest": current.digest,
-        "rank": current.manifest.rank,
-        "bytes": current.bytes,
-        "created_at": current.created_at,
-        "resident": library.residency.place(current).resident,
-        "in_flight": library.leases.of_name(named.name),
+        "versions": listed.numbers,
+        "digest": listed.digest,
+        "rank": listed.rank,
+        "bytes": listed.bytes,
+        "created_at": listed.created_at,
+        "resident": library.residency.is_resident(listed.name, listed.shown, listed.digest),
+        "in_flight": library.leases.of_name(listed.name),
         "requests": usage.requests,
         "last_used": usage.last_used,
     }

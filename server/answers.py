@@ -1,37 +1,44 @@
-"""Results to answers: JSON rows, raw float32, safetensors."""
+"""Results to answers in JSON."""
 
 import base64
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import orjson
-import torch
-from safetensors.torch import save
+from numpy.typing import NDArray
 from starlette.responses import Response
 
 from adapters.versions import Version
 from model.tokenizer import Tokenizer
-from server.engine.errors import NonFiniteResult, TooManyInputs
+from server.answer_size import AnswerSize
+from server.engine.errors import NonFiniteResult
 from server.engine.job import Floats, Result
 from server.inputs import Encoded, token_entries
+from server.json_pieces import Items, dumps, pieces
+from server.large_answer import LargeAnswer
 from server.number_formats import DType, packed, rounded
 
-OCTET_STREAM = "application/octet-stream"
-SAFETENSORS = "application/vnd.safetensors"
-METADATA_HEADER = "x-trunkline-metadata"
 MAX_FACTS = 8  # adapter names of one request in the log
-MAX_METADATA_BYTES = 60_000  # a header line: Python's http.client reads 65,536 bytes
+GROUP = 64  # entries of tokens or labels that are written in one call
 
 
 class JSONAnswer(Response):
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
-        return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+        return dumps(content)
+
+
+def json_answer(
+    size: AnswerSize, content: Any, headers: Mapping[str, str] | None = None
+) -> Response:
+    """The content as JSON; that of a large answer is made in pieces while it is written."""
+    if size.is_large:
+        return LargeAnswer(pieces(content), headers=headers)
+    return JSONAnswer(content, headers=dict(headers or {}))
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,7 @@ class Answered:
     results: Sequence[Result]
     received: float  # time.monotonic()
     tokenize_ms: float
-    values: int  # numbers in it, about
+    size: AnswerSize
 
     @property
     def usage(self) -> dict[str, int]:
@@ -65,7 +72,7 @@ class Answered:
         times = {f"{name}_ms": ms for name, ms in self.timings.items() if name != "total"}
         return {"rows": len(self.rows), "tokens": tokens, "adapters": names[:MAX_FACTS]} | times
 
-    def envelope(self, model: str, data: list[dict[str, Any]]) -> dict[str, Any]:
+    def envelope(self, model: str, data: Sequence[dict[str, Any]] | Items) -> dict[str, Any]:
         return {
             "object": "list",
             "model": model,
@@ -110,19 +117,27 @@ def adapter_entry(version: Version | None) -> dict[str, Any] | None:
 
 def data_rows(
     answered: Answered, fill: Callable[[Encoded, Result], dict[str, Any]]
-) -> list[dict[str, Any]]:
+) -> list[dict[str, Any]] | Items:
     """An answer's data: index, adapter, and what `fill` makes of a row or the row's own error.
 
-    Raises NonFiniteResult where the dtype asked for can hold no row at all.
+    Those of a large answer are made while it is written. Raises NonFiniteResult, then too, where
+    the dtype asked for can hold no row at all.
     """
-    data = []
+    rows = _data_rows(answered, fill)
+    return Items(rows) if answered.size.is_large else list(rows)
+
+
+def _data_rows(
+    answered: Answered, fill: Callable[[Encoded, Result], dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    first, good = None, False
     for index, (row, result) in enumerate(zip(answered.rows, answered.results, strict=True)):
         content = _content(index, row, result, fill)
-        data.append({"index": index, "adapter": adapter_entry(result.adapter)} | content)
-    if all("error" in entry for entry in data):
-        first = data[0]["error"]
-        raise NonFiniteResult(first["message"], **first["details"])
-    return data
+        first = content if first is None else first
+        good = good or "error" not in content
+        yield {"index": index, "adapter": adapter_entry(result.adapter)} | content
+    if not good and first is not None:
+        raise NonFiniteResult(first["error"]["message"], **first["error"]["details"])
 
 
 def _content(
@@ -146,12 +161,14 @@ def encoded_row(
     if result.embedding is not None:
         entry["embedding"] = form.sent(result.embedding)
     if result.hidden is not None:
-        tokens = token_entries(row, tokenizer)
-        entry["tokens"] = [t | {"hidden": h} for t, h in zip(tokens, result.hidden, strict=True)]
+        tokens = zip(token_entries(row, tokenizer), result.hidden, strict=True)
+        entry["tokens"] = Items((t | {"hidden": h} for t, h in tokens), GROUP)
     if result.critic_logits is not None or result.sequence_score is not None:
-        entry["critic"] = critic_summary(result) | {"tokens": critic_tokens(row, result)}
+        entry["critic"] = critic_summary(result) | {
+            "tokens": Items(critic_tokens(row, result), GROUP)
+        }
     if result.masks is not None:
-        entry["logits"] = _mask_entries(result, tokenizer)
+        entry["logits"] = Items(_mask_entries(result, tokenizer))
     if result.label_scores is not None:
         entry["labels"] = label_entries(result, None)
     return entry
@@ -160,8 +177,8 @@ def encoded_row(
 def critic_row(row: Encoded, result: Result, tokenizer: Tokenizer) -> dict[str, Any]:
     """/critic's row: each token with its place in the text and its critic values."""
     pairs = zip(token_entries(row, tokenizer), critic_tokens(row, result), strict=True)
-    tokens = [token | scores for token, scores in pairs]
-    return critic_summary(result) | {"tokens": tokens, "truncated": row.truncated}
+    tokens = (token | scores for token, scores in pairs)
+    return critic_summary(result) | {"tokens": Items(tokens, GROUP), "truncated": row.truncated}
 
 
 def critic_summary(result: Result) -> dict[str, Any]:
@@ -170,87 +187,41 @@ def critic_summary(result: Result) -> dict[str, Any]:
     return {"score": score, "sequence_score": result.sequence_score}
 
 
-def critic_tokens(row: Encoded, result: Result) -> list[dict[str, Any]]:
+def critic_tokens(row: Encoded, result: Result) -> Iterator[dict[str, Any]]:
     if result.critic_logits is None or result.wrongness is None:
-        return [{"logit": None, "wrongness": None} for _ in row.ids]
+        for _ in row.ids:
+            yield {"logit": None, "wrongness": None}
+        return
     pairs = zip(result.critic_logits.tolist(), result.wrongness.tolist(), strict=True)
-    return [{"logit": logit, "wrongness": wrongness} for logit, wrongness in pairs]
+    for logit, wrongness in pairs:
+        yield {"logit": logit, "wrongness": wrongness}
 
 
-def label_entries(result: Result, top_k: int | None) -> list[dict[str, Any]]:
+def label_entries(result: Result, top_k: int | None) -> Items:
     """Best first; top_k None is all."""
     assert result.labels is not None
     assert result.label_scores is not None
     best = np.argsort(-result.label_scores, kind="stable")[:top_k]
-    return [{"label": result.labels[i], "score": float(result.label_scores[i])} for i in best]
+    return Items(_label_entries(result.labels, result.label_scores[best], best), GROUP)
 
 
-def _mask_entries(result: Result, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+def _label_entries(
+    labels: Sequence[str], scores: Floats, order: NDArray[np.intp]
+) -> Iterator[dict[str, Any]]:
+    for place, score in zip(order.tolist(), scores.tolist(), strict=True):
+        yield {"label": labels[place], "score": score}
+
+
+def _mask_entries(result: Result, tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
     assert result.masks is not None
     assert result.top_ids is not None
     assert result.top_logprobs is not None
-    pairs = zip(result.masks, result.top_ids.tolist(), result.top_logprobs.tolist(), strict=True)
-    return [
-        {
-            "position": position,
-            "top": [
-                {"id": token, "text": tokenizer.text_of(token), "logprob": logprob}
-                for token, logprob in zip(ids, logprobs, strict=True)
-            ],
-        }
-        for position, ids, logprobs in pairs
-    ]
-
-
-def octet_answer(answered: Answered, form: EmbeddingForm) -> Response:
-    """The rows' embeddings, little-endian in the form's dtype, one after the other."""
-    matrix = embedding_matrix(answered, form)
-    metadata = _metadata(answered, matrix, form)
-    header = orjson.dumps(metadata).decode()
-    if len(header) > MAX_METADATA_BYTES:
-        raise TooManyInputs(
-            f"{METADATA_HEADER} would have {len(header)} bytes, more than clients read: send fewer "
-            f"rows, or accept {SAFETENSORS}",
-            limit=MAX_METADATA_BYTES,
-        )
-    headers = {METADATA_HEADER: header}
-    content = packed(matrix, form.dtype)
-    return Response(content, media_type=OCTET_STREAM, headers=headers)
-
-
-def safetensors_answer(answered: Answered, form: EmbeddingForm) -> Response:
-    """Every output under `<row>.<output>`; the metadata's values are JSON."""
-    refuse_errors(answered)
-    tensors: dict[str, Any] = {}
-    for index, result in enumerate(answered.results):
-        tensors |= {f"{index}.{name}": array for name, array in _arrays(result, form).items()}
-    has_rows = answered.results[0].embedding is not None
-    matrix = embedding_matrix(answered, form) if has_rows else None
-    metadata = _metadata(answered, matrix, form)
-    text = {name: orjson.dumps(value).decode() for name, value in metadata.items()}
-    return Response(save(tensors, text), media_type=SAFETENSORS)
-
-
-def _arrays(result: Result, form: EmbeddingForm) -> dict[str, Any]:
-    arrays = {
-        "embedding": None if result.embedding is None else form.finite(result.embedding),
-        "tokens": result.hidden,
-        "critic": result.critic_logits,
-        "critic.wrongness": result.wrongness,
-        "critic.sequence_score": _one(result.sequence_score),
-        "logits": result.top_logprobs,
-        "logits.ids": result.top_ids,
-        "logits.positions": None if result.masks is None else np.array(result.masks, np.int64),
-        "labels": result.label_scores,
-    }
-    tensors = {name: torch.tensor(a) for name, a in arrays.items() if a is not None}
-    if "embedding" in tensors:
-        tensors["embedding"] = tensors["embedding"].to(getattr(torch, form.dtype))
-    return tensors
-
-
-def _one(value: float | None) -> Floats | None:
-    return None if value is None else np.array([value], np.float32)
+    for position, ids, logprobs in zip(
+        result.masks, result.top_ids, result.top_logprobs, strict=True
+    ):
+        pairs = zip(ids.tolist(), logprobs.tolist(), strict=True)
+        top = ({"id": i, "text": tokenizer.text_of(i), "logprob": logprob} for i, logprob in pairs)
+        yield {"position": position, "top": Items(top, GROUP)}
 
 
 def embedding_matrix(answered: Answered, form: EmbeddingForm) -> Floats:
@@ -258,17 +229,6 @@ def embedding_matrix(answered: Answered, form: EmbeddingForm) -> Floats:
     refuse_errors(answered)
     vectors = [form.vector(r.embedding) for r in answered.results if r.embedding is not None]
     return np.stack(vectors).astype("<f4")
-
-
-def _metadata(answered: Answered, matrix: Floats | None, form: EmbeddingForm) -> dict[str, Any]:
-    metadata = {
-        "shape": None if matrix is None else list(matrix.shape),
-        "dtype": form.dtype,
-        "adapters": [adapter_entry(result.adapter) for result in answered.results],
-        "usage": answered.usage,
-    }
-    labels = [list(r.labels) if r.labels else None for r in answered.results]
-    return metadata | ({"labels": labels} if any(labels) else {})
 
 
 def refuse_errors(answered: Answered) -> None:

@@ -25,7 +25,9 @@ from model.checkpoint import Backbone, read_backbone
 from model.demo import FOLDER as DEMO_BACKBONE
 from model.precision import choose_device, choose_dtype
 from server import __version__
+from server.answer_memory import AnswerMemoryEnds
 from server.answers import JSONAnswer
+from server.building import Builders
 from server.cors import Cors, CorsHeaders
 from server.engine.engine import Engine
 from server.engine.forward import Forward
@@ -33,6 +35,7 @@ from server.errors import CODE, RequestError, error_answer, no_route, wrong_meth
 from server.guard import Guard
 from server.heads import Heads
 from server.hot import HotRoutes
+from server.inputs import TokenizerThreads
 from server.keys import KeyRing
 from server.metrics import Metrics
 from server.middleware import RequestContext
@@ -99,7 +102,11 @@ def create_app(settings: Settings) -> FastAPI:
     library = _library(settings, backbone, forward)
     app.state.settings = settings
     app.state.turns = Turns(settings.max_queue_s, settings.max_body_bytes)
+    app.state.builders = Builders(settings.answer_memory)
+    app.state.tokenizer_threads = TokenizerThreads()
+    answers = app.state.builders.memory
     app.state.server = ServerState(settings, backbone, forward, library, Metrics())
+    app.state.server.metrics.answer_bytes.set_function(lambda: answers.held)
     keys = settings.keys or (settings.data_dir or default_data_dir()) / "keys.json"
     app.state.keys = KeyRing(keys)
     app.state.server.metrics.watch_residency(lambda: _residency(library))
@@ -115,7 +122,8 @@ def create_app(settings: Settings) -> FastAPI:
     cors = Cors(settings.cors_origins)
     app.state.shed = Shed(app.state.server, app.state.keys, HOT, cors)
     hot = HotRoutes(app.build_middleware_stack(), HOT, app.exception_handlers)
-    named = NamedPaths(Guard(hot, app.state.keys), (*HOT, *TOKENIZER))
+    counted = AnswerMemoryEnds(hot)
+    named = NamedPaths(Guard(counted, app.state.keys), (*HOT, *TOKENIZER))
     inner: ASGIApp = CorsHeaders(Heads(named), cors)
     if settings.otlp_endpoint:
         inner = _traced(inner, settings.otlp_endpoint, app.state.server)
@@ -198,6 +206,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     await state.engine.stop()
     app.state.turns.close()
     state.admin.close()
+    app.state.builders.threads.close()
+    app.state.tokenizer_threads.close()
     state.library.close()
     await asyncio.to_thread(state.at_end)
 

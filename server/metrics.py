@@ -136,6 +136,11 @@ class Metrics:
             "Tokens admitted and not answered yet.",
             registry=self.registry,
         )
+        self.answer_bytes = Gauge(
+            "trunkline_answer_bytes",
+            "Bytes of large answers that are computed, built or not read yet.",
+            registry=self.registry,
+        )
 
     def _times(self, name: str, text: str) -> Histogram:
         return Histogram(

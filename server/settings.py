@@ -18,7 +18,15 @@ from pydantic_core import PydanticCustomError
 ENV_PREFIX = "TRUNKLINE_"
 MAX_SHOWN = 60  # characters of a name or a value, in a sentence about it
 # Settings that take 2GiB or 512MiB too.
-BYTES = ("adapter_memory", "host_memory", "max_adapter_bytes", "storage_quota", "max_body_bytes")
+BYTES = (
+    "adapter_memory",
+    "host_memory",
+    "max_adapter_bytes",
+    "storage_quota",
+    "max_body_bytes",
+    "max_answer_bytes",
+    "answer_memory",
+)
 LISTS = ("trusted_proxies", "cors_origins")  # with commas in the environment and as flags
 # What a setting takes, where its type alone doesn't tell.
 WANTED = {
@@ -215,6 +223,18 @@ class Settings(BaseModel):
         1 << 24,
         ge=1,
         description="Numbers in one answer; a likely token counts 16. Beyond: 413.",
+    )
+    max_answer_bytes: int = Field(
+        160 << 20,
+        ge=1 << 16,
+        description="Bytes of one answer and its results, counted before it is computed: 20 a "
+        "number in JSON, 8 in binary. Beyond: 413.",
+    )
+    answer_memory: int = Field(
+        512 << 20,
+        ge=1 << 16,
+        description="Bytes of all answers that are computed, built or not read yet; one key fills "
+        "half. Beyond: 503.",
     )
     max_body_bytes: int = Field(8 << 20, ge=1, description="Bytes of a JSON body; beyond: 413.")
     default_timeout_ms: int = Field(

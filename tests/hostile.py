@@ -1,7 +1,7 @@
 """A hostile client: its own bytes over raw sockets, again and again; a probe of /health beside it.
 
-`hostile.py HOST PORT FILE KIND` is the probe: a process of its own, so that it measures the server
-and not this client's threads. Of the standard library alone, so that it starts at once.
+`hostile.py HOST PORT FILE KIND [REQUEST]` is the probe: a process of its own, so that it measures
+the server and not this client's threads. Of the standard library alone, so that it starts at once.
 """
 
 import json
@@ -264,24 +264,29 @@ class Sample(NamedTuple):
     ms: float
 
 
-def measure(address: Address, file: Path, kind: str) -> None:
-    """A line a sample, for ever; `new` for each on a connection of its own, as balancers do it."""
+def measure(address: Address, file: Path, kind: str, request: Path | None = None) -> None:
+    """A line a sample, for ever; `new` for each on a connection of its own, as balancers do it.
+
+    What is sent is GET /health, or what the file `request` has, ten times less often.
+    """
     prober = Attacker(address)
     due = time.monotonic()
+    sent = HEALTH if request is None else request.read_bytes()
+    period = PROBE_S if request is None else 10 * PROBE_S
     with file.open("w", buffering=1) as lines:
         while True:
             time.sleep(max(0.0, due - time.monotonic()))
-            status, now = _health(prober), time.monotonic()
+            status, now = _status(prober, sent), time.monotonic()
             if kind == "new":
                 prober.close()
             while due < now:
                 lines.write(f"{due} {status} {(now - due) * 1e3}\n")
-                due += PROBE_S
+                due += period
 
 
-def _health(prober: Attacker) -> int:
+def _status(prober: Attacker, sent: bytes) -> int:
     try:
-        return prober.ask((HEALTH,)).status
+        return prober.ask((sent,)).status
     except (OSError, HTTPException):
         prober.close()
         return 0
@@ -300,10 +305,15 @@ class Probe:
 
 
 @contextmanager
-def probing(address: Address, folder: Path, kind: str) -> Iterator[Probe]:
-    """A probe on a `kept` connection, or on `new` ones."""
+def probing(
+    address: Address, folder: Path, kind: str, request: bytes | None = None
+) -> Iterator[Probe]:
+    """A probe on a `kept` connection, or on `new` ones; of /health, or of another request."""
     file = folder / f"probe-{kind}"
     command = [sys.executable, __file__, address[0], str(address[1]), str(file), kind]
+    if request is not None:
+        (folder / f"request-{kind}").write_bytes(request)
+        command.append(str(folder / f"request-{kind}"))
     with subprocess.Popen(command) as process:
         try:
             yield Probe(file)
@@ -346,13 +356,18 @@ def _table_row(line: Line, kept: Sequence[Sample], new: Sequence[Sample]) -> str
     name = line.name.encode("unicode_escape").decode()[:50]
     outcomes = ", ".join(map(str, line.tally.outcomes))
     sent = f"{line.tally.outcomes.total():,}"
-    times = (_quantile(line, kept, 0.5), _quantile(line, kept, 0.99), _quantile(line, new, 0.99))
+    spans = (line.began, line.ended)
+    times = (
+        quantile(kept, 0.5, *spans),
+        quantile(kept, 0.99, *spans),
+        quantile(new, 0.99, *spans),
+    )
     return f"| {' | '.join((name, outcomes, sent, *times))} |"
 
 
-def _quantile(line: Line, samples: Sequence[Sample], share: float) -> str:
-    """Of the samples that fell due meanwhile."""
-    first, last = (bisect_left(samples, at, key=_due) for at in (line.began, line.ended))
+def quantile(samples: Sequence[Sample], share: float, began: float, ended: float) -> str:
+    """Of the samples that fell due meanwhile, in milliseconds."""
+    first, last = (bisect_left(samples, at, key=_due) for at in (began, ended))
     times = sorted(sample.ms for sample in samples[first:last])
     return f"{times[int(share * len(times))]:.1f}" if times else "-"
 
@@ -362,4 +377,5 @@ def _due(sample: Sample) -> float:
 
 
 if __name__ == "__main__":
-    measure((sys.argv[1], int(sys.argv[2])), Path(sys.argv[3]), sys.argv[4])
+    asked = Path(sys.argv[5]) if len(sys.argv) > 5 else None
+    measure((sys.argv[1], int(sys.argv[2])), Path(sys.argv[3]), sys.argv[4], asked)

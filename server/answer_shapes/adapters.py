@@ -128,9 +128,12 @@ class AuditEntry(BaseModel):
 
 
 class Adapter(AdapterRow):
-    """One adapter with all its versions."""
+    """One adapter with a page of its versions: all of them, unless they are very many or large."""
 
     versions: list[VersionRow]  # type: ignore[assignment]
+    versions_next: Number | None = Field(
+        description="`versions_after` of the next page; null on the last one."
+    )
     audit: list[AuditEntry] = Field(description="Who did what, the latest first; at most 100.")
 
 

@@ -59,6 +59,7 @@ class Limits(BaseModel):
     max_inputs: int = Field(description="Rows of a request: inputs times adapters.")
     max_request_tokens: int
     max_answer_values: int = Field(description="Numbers in an answer.")
+    max_answer_bytes: int = Field(description="Bytes of an answer and its results.")
     max_body_bytes: int
     default_timeout_ms: int
     block_size: int = Field(description="Tokens of a row.")

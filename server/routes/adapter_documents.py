@@ -59,6 +59,11 @@ LIST_PARAMETERS = (
     ),
 )
 
+VERSIONS_PARAMETERS = (
+    query("versions_limit", "integer", "Versions.", minimum=1, maximum=1000, default=1000),
+    query("versions_after", "integer", "Versions above this number.", minimum=0, default=0),
+)
+
 NOT_MODIFIED: Responses = {304: {"description": "The client has it already (If-None-Match)."}}
 
 
@@ -148,7 +153,11 @@ _AUDIT = {
     "action": "put",
     "detail": {"version": 2, "digest": _DIGEST},
 }
-ADAPTER_EXAMPLE = _ROW | {"versions": [_VERSION | _PLACE], "audit": [_AUDIT]}
+ADAPTER_EXAMPLE = _ROW | {
+    "versions": [_VERSION | _PLACE],
+    "versions_next": None,
+    "audit": [_AUDIT],
+}
 ALIAS_EXAMPLE = {
     "name": "shakespeare",
     "alias": "stable",

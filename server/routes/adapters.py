@@ -8,10 +8,11 @@ from starlette.convertors import Convertor, register_url_convertor
 from starlette.requests import Request
 from starlette.responses import Response
 
-from adapters.errors import VersionNotFound
+from adapters.errors import NotFound, VersionNotFound
 from adapters.library import Upload
 from adapters.listing import SORTS, Wanted
 from adapters.names import check_name
+from adapters.version_pages import Listed, listed, one_version, version_page
 from server.adapter_answers import placed_version, summary, version_entry
 from server.answer_shapes.adapters import (
     Adapter,
@@ -21,16 +22,20 @@ from server.answer_shapes.adapters import (
     Removed,
     Uploaded,
 )
-from server.answers import JSONAnswer
+from server.answer_size import AnswerSize
+from server.answers import JSONAnswer, json_answer
 from server.arrivals import publish
 from server.bodies import read_json
+from server.building import built, hold_answer
 from server.conditions import condition_of, etag, not_modified
 from server.engine.errors import BadInput, Draining
 from server.guard import caller_of, check_adapter
+from server.json_pieces import Items
 from server.query import Query
 from server.routes import adapter_documents as says
 from server.routes.documented import (
     BODY,
+    LARGE_ANSWER,
     READ,
     UPLOAD,
     Responses,
@@ -47,6 +52,11 @@ from server.uploads import upload
 # Of a route that takes a reference: name, name@3, name@alias, name@sha256:<hex>
 NAMED = ("adapter_not_found", "version_not_found", "adapter_damaged", "validation_error")
 MAX_PAGE = 1000
+MAX_VERSION = 999_999_999
+ROWS_OF_A_PIECE = 32
+# The most bytes of a row, or of an alias in it; of a version without its record; of a file that
+# can't be served; and of an entry of the audit trail.
+ROW_BYTES, VERSION_BYTES, FILE_BYTES, AUDIT_BYTES = 1024, 1024, 8192, 2048
 MAX_Q, MAX_CURSOR = 200, 1000  # characters
 
 REMOVED = ok(Removed, says.REMOVED_EXAMPLE, says="It is gone.") | ok(
@@ -92,7 +102,7 @@ register_url_convertor("adapter", NameConvertor())
 
 @router.get(
     "",
-    responses=errors(*READ, "validation_error")
+    responses=errors(*READ, "validation_error", *LARGE_ANSWER)
     | ok(AdapterList, says.LIST_EXAMPLE, says="A page."),
     openapi_extra=parameters(*says.LIST_PARAMETERS),
 )
@@ -113,11 +123,18 @@ async def adapters(request: Request) -> Response:
         query.text("after", MAX_CURSOR),
     )
     page, following = await state_of(request).admin.call(request, library.page, wanted)
-    data = [summary(named, library) for named in page]
+    data = Items((summary(named, library) for named in page), ROWS_OF_A_PIECE)
     own = [each for each in library.unusable if caller is None or caller.key.may_use(each.name)]
     unusable = [asdict(each) for each in own[:MAX_PAGE]]
     answer = {"object": "list", "data": data, "next": following, "unusable": unusable}
-    return JSONAnswer(answer)
+    size = AnswerSize(0, sum(map(_row_bytes, page)) + FILE_BYTES * len(unusable))
+    hold_answer(request, size)
+    return await built(request, size, lambda: json_answer(size, answer))
+
+
+def _row_bytes(listed: Listed) -> int:
+    """The most bytes of a row of the list."""
+    return ROW_BYTES + 12 * len(listed.numbers) + ROW_BYTES * len(listed.pointers)
 
 
 @router.put(
@@ -165,9 +182,12 @@ async def get_version(request: Request, name: str, number: str) -> Response:
     library = state_of(request).library
     check_name(name)
     wanted, condition = _version_number(number), condition_of(request)
-    named = await state_of(request).admin.call(request, library.registry.named, name)
-    version = next((each for each in named.versions if each.number == wanted), None)
+    version = await state_of(request).admin.call(
+        request, one_version, library.registry.rows, name, wanted
+    )
     if version is None:
+        if not await state_of(request).admin.call(request, library.registry.exists, name):
+            raise NotFound(f"no adapter is named {name}")
         raise VersionNotFound(f"{name} has no version {wanted}")
     known = not_modified(condition, wanted)
     if known is not None:
@@ -233,25 +253,44 @@ async def put(request: Request, name: str) -> Response:
 
 @router.get(
     "/{name:adapter}",
-    responses=errors(*READ, *says.CONDITIONS, "adapter_not_found", "validation_error")
+    responses=errors(
+        *READ, *says.CONDITIONS, "adapter_not_found", "validation_error", *LARGE_ANSWER
+    )
     | _read(ok(Adapter, says.ADAPTER_EXAMPLE, says="The adapter.")),
-    openapi_extra=CONDITIONAL,
+    openapi_extra=parameters(says.IF_MATCH, says.IF_NONE_MATCH, *says.VERSIONS_PARAMETERS),
 )
 async def get(request: Request, name: str) -> Response:
-    """One adapter: its versions with what each changes, its pointers, and its audit trail."""
+    """One adapter: its versions with what each changes, its pointers, and its audit trail.
+
+    A page of versions ends after 8 MiB of what is known of them, too. `versions_next` is the
+    `versions_after` of the next page.
+    """
     library = state_of(request).library
+    rows = library.registry.rows
     check_name(name)
     condition = condition_of(request)
-    named = await state_of(request).admin.call(request, library.registry.named, name)
-    current = named.current.number if named.current else None
+    query = Query(request, "versions_limit", "versions_after")
+    limit = query.integer("versions_limit", MAX_PAGE, 1, MAX_PAGE)
+    after = query.integer("versions_after", 0, 0, MAX_VERSION)
+    found = await state_of(request).admin.call(request, listed, rows, [name])
+    if not found:
+        raise NotFound(f"no adapter is named {name}")
+    current = found[0].current
     known = not_modified(condition, current)
     if known is not None:
         return known
     audit = await state_of(request).admin.call(request, library.registry.audit, name)
-    versions = [placed_version(version, library) for version in named.versions]
+    page, more, record_bytes = await state_of(request).admin.call(
+        request, version_page, rows, name, after, limit
+    )
+    versions = Items(placed_version(version, library) for version in page)
     headers = {} if current is None else {"etag": etag(current)}
-    answer = summary(named, library) | {"versions": versions, "audit": audit}
-    return JSONAnswer(answer, headers=headers)
+    answer = summary(found[0], library) | {"versions": versions, "versions_next": more}
+    answer |= {"audit": audit}
+    size = VERSION_BYTES * len(page) + record_bytes + AUDIT_BYTES * len(audit)
+    counted = AnswerSize(0, _row_bytes(found[0]) + size)
+    hold_answer(request, counted)
+    return await built(request, counted, lambda: json_answer(counted, answer, headers))
 
 
 @router.delete("/{name:adapter}", responses=REMOVE, openapi_extra=CONDITIONAL)

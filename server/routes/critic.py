@@ -5,9 +5,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server.answer_shapes.inference import ClassifyAnswer, CriticAnswer
-from server.answer_size import built
-from server.answers import Answered, JSONAnswer, critic_row, data_rows, label_entries
+from server.answer_size import Form
+from server.answers import Answered, critic_row, data_rows, json_answer, label_entries
 from server.bodies import read_json
+from server.building import built
 from server.engine.job import Ask
 from server.routes.documented import INFER, errors, json_body, ok
 from server.routes.inference import answer
@@ -34,13 +35,13 @@ async def critic(request: Request) -> Response:
     state = state_of(request)
     body = await read_json(request, CriticRequest, state.settings.max_body_bytes)
     answered = await answer(request, body, Ask(frozenset({"critic"})))
-    return await built(answered.values, lambda: _critic_answer(answered, state))
+    return await built(request, answered.size, lambda: _critic_answer(answered, state))
 
 
 def _critic_answer(answered: Answered, state: ServerState) -> Response:
     tokenizer = state.backbone.tokenizer
     data = data_rows(answered, lambda row, result: critic_row(row, result, tokenizer))
-    return JSONAnswer(answered.envelope(state.backbone.id, data))
+    return json_answer(answered.size, answered.envelope(state.backbone.id, data))
 
 
 @router.post(
@@ -56,6 +57,11 @@ async def classify(request: Request) -> Response:
     """The labels of the adapter's classifier, best first."""
     state = state_of(request)
     body = await read_json(request, ClassifyRequest, state.settings.max_body_bytes)
-    answered = await answer(request, body, Ask(frozenset({"labels"})))
-    data = data_rows(answered, lambda _, result: {"labels": label_entries(result, body.top_k)})
-    return JSONAnswer(answered.envelope(state.backbone.id, data))
+    ask, form = Ask(frozenset({"labels"})), Form(labels=body.top_k)
+    answered = await answer(request, body, ask, form)
+    return await built(request, answered.size, lambda: _labels_answer(answered, body.top_k, state))
+
+
+def _labels_answer(answered: Answered, top_k: int | None, state: ServerState) -> Response:
+    data = data_rows(answered, lambda _, result: {"labels": label_entries(result, top_k)})
+    return json_answer(answered.size, answered.envelope(state.backbone.id, data))

@@ -14,6 +14,7 @@ from server.schemas import REFERENCE_PATTERN
 HEAD = ("malformed_request", "receive_timeout", "headers_too_large")  # of every route
 GUARD = ("unauthorized", "forbidden", "quota_exceeded")  # of every route, once there are keys
 READ = ("not_ready", "internal_error", "overloaded", "draining")
+LARGE_ANSWER = ("too_many_tokens",)  # an answer that grows with what is stored
 BODY = (
     "malformed_json",
     "invalid_utf8",

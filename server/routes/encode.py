@@ -6,20 +6,17 @@ from starlette.responses import Response
 
 from model.encoder import FINAL
 from server.answer_shapes.inference import EncodeAnswer
-from server.answer_size import built
-from server.answers import (
+from server.answer_size import BASE64, BINARY, JSON, Form
+from server.answers import Answered, EmbeddingForm, data_rows, encoded_row, json_answer
+from server.binary_answers import (
     METADATA_HEADER,
     OCTET_STREAM,
     SAFETENSORS,
-    Answered,
-    EmbeddingForm,
-    JSONAnswer,
-    data_rows,
-    encoded_row,
     octet_answer,
     safetensors_answer,
 )
 from server.bodies import header, read_json
+from server.building import built
 from server.engine.errors import BadInput
 from server.engine.job import Ask
 from server.routes.documented import BYTES, INFER, errors, json_body, ok
@@ -71,8 +68,15 @@ async def encode(request: Request) -> Response:
         raise BadInput(
             f"{OCTET_STREAM} carries embeddings alone: leave out other outputs", field="outputs"
         )
-    answered = await answer(request, body, _ask(body, state))
-    return await built(answered.values, lambda: _response(answered, form, accept, state))
+    answered = await answer(request, body, _ask(body, state), _form(accept, form))
+    return await built(request, answered.size, lambda: _response(answered, form, accept, state))
+
+
+def _form(accept: str, form: EmbeddingForm) -> Form:
+    """How many bytes its numbers take."""
+    if OCTET_STREAM in accept or SAFETENSORS in accept:
+        return Form(vector=BINARY, state=BINARY)
+    return Form(vector=BASE64 if form.base64 else JSON)
 
 
 def _response(answered: Answered, form: EmbeddingForm, accept: str, state: ServerState) -> Response:
@@ -82,7 +86,7 @@ def _response(answered: Answered, form: EmbeddingForm, accept: str, state: Serve
         return safetensors_answer(answered, form)
     tokenizer = state.backbone.tokenizer
     data = data_rows(answered, lambda row, result: encoded_row(row, result, form, tokenizer))
-    return JSONAnswer(answered.envelope(state.backbone.id, data))
+    return json_answer(answered.size, answered.envelope(state.backbone.id, data))
 
 
 def _embedding_form(body: EncodeRequest, state: ServerState) -> EmbeddingForm:

@@ -7,8 +7,11 @@ from dataclasses import replace
 from starlette.requests import Request
 
 from adapters.errors import TrunklineError
-from server.answer_size import check_values, values_of
+from adapters.names import BASE
+from adapters.validate import Manifest
+from server.answer_size import Form, size_of
 from server.answers import Answered
+from server.building import hold_answer
 from server.engine.admission import Row
 from server.engine.errors import (
     BadInput,
@@ -19,8 +22,8 @@ from server.engine.errors import (
 )
 from server.engine.job import Ask, Ids, Result
 from server.errors import RequestError
-from server.guard import caller_of, check_adapter
-from server.inputs import Cut, Most, encode_inputs
+from server.guard import caller_of, check_adapter, key_of
+from server.inputs import Cut, Encoded, Most, TokenizerThreads, encode_inputs
 from server.leaving import unless_client_leaves
 from server.locating import Place, located
 from server.logs import FACTS
@@ -28,8 +31,12 @@ from server.named_path import reference_of
 from server.schemas import InferenceRequest
 from server.state import ServerState, state_of
 
+PLAIN = Form()  # every number in JSON
 
-async def answer(request: Request, body: InferenceRequest, ask: Ask) -> Answered:
+
+async def answer(
+    request: Request, body: InferenceRequest, ask: Ask, form: Form = PLAIN
+) -> Answered:
     """Every input under every adapter, inputs outermost."""
     references = body.references
     named = reference_of(request.scope)
@@ -40,7 +47,9 @@ async def answer(request: Request, body: InferenceRequest, ask: Ask) -> Answered
         single=body.inputs.single, adapter="adapters" if fan_out else "adapter", fan_out=fan_out
     )
     cut = cut_to_block(state_of(request)) if body.truncate else None
-    return await answer_inputs(request, body.inputs, references, ask, place, cut, body.timeout_ms)
+    return await answer_inputs(
+        request, body.inputs, references, ask, place, cut, body.timeout_ms, form
+    )
 
 
 def chosen(named: str, adapter: str | None, adapters: Sequence[str] | None = None) -> str:
@@ -100,8 +109,13 @@ async def answer_inputs(
     place: Place,
     cut: Cut | None = None,
     timeout_ms: int | None = None,
+    form: Form = PLAIN,
 ) -> Answered:
-    """Every input under every reference; `place` says what the request calls them in an error."""
+    """Every input under every reference; `place` says what the request calls them in an error.
+
+    `form` is what is sent of the results: the answer is counted, and its memory held, before they
+    are computed.
+    """
     state = state_of(request)
     received: float = request.scope["state"]["received"]
     _check_adapters(request, references, place)
@@ -109,15 +123,20 @@ async def answer_inputs(
     began = time.monotonic()
     most = most_of_request(state) if cut else most_of_row(state)
     try:
-        encoded = await encode_inputs(inputs, state.backbone.tokenizer, cut, most)
+        encoded = await encoded_inputs(request, inputs, cut, most)
     except TrunklineError as error:
         raise located(error, place, references) from error
     tokenize_s = time.monotonic() - began
     if any(item.text is not None for item in encoded):
         state.metrics.tokenize_seconds.observe(tokenize_s)
     rows = [Row(item.ids, reference) for item in encoded for reference in references]
-    values = values_of([row.ids for row in rows], ask, state.backbone.config)
-    check_values(values, state.settings.max_answer_values)
+    try:
+        adapters = [_manifest(state, reference, ask) for reference in references]
+    except TrunklineError as error:
+        raise located(error, place, references, len(references)) from error
+    backbone = state.backbone
+    size = size_of(encoded, adapters, ask, form, backbone.config, backbone.tokenizer)
+    hold_answer(request, size)
     timeout_s = (timeout_ms or state.settings.default_timeout_ms) / 1e3
     try:
         results = await _run(request, rows, ask, received + timeout_s)
@@ -125,9 +144,29 @@ async def answer_inputs(
         raise located(error, place, references, len(references)) from error
     _demand_a_result(results, place, references)
     spread = [item for item in encoded for _ in references]
-    answered = Answered(spread, results, received, tokenize_s * 1e3, values)
+    answered = Answered(spread, results, received, tokenize_s * 1e3, size)
     request.scope["state"][FACTS] = answered.facts
     return answered
+
+
+async def encoded_inputs(
+    request: Request, inputs: Sequence[str | Ids], cut: Cut | None, most: Most
+) -> list[Encoded]:
+    """`encode_inputs` on the account of the request's key."""
+    tokenizer = state_of(request).backbone.tokenizer
+    threads: TokenizerThreads = request.app.state.tokenizer_threads
+    return await encode_inputs(inputs, tokenizer, cut, most, threads, key_of(request))
+
+
+def _manifest(state: ServerState, reference: str | None, ask: Ask) -> Manifest | None:
+    """What the reference's adapter changes, where the size of an answer depends on it."""
+    if "labels" not in ask.outputs or reference in (None, BASE):
+        return None
+    try:
+        return state.library.version(reference).manifest
+    except TrunklineError as error:
+        error.details["adapter"] = reference
+        raise
 
 
 def _demand_a_result(

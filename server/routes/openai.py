@@ -10,18 +10,19 @@ from starlette.responses import Response
 
 from adapters.names import BASE
 from server.answer_shapes.openai import EmbeddingsAnswer, Model, Models
-from server.answer_size import built
+from server.answer_size import BASE64, BINARY, JSON, Form
 from server.answers import (
-    METADATA_HEADER,
-    OCTET_STREAM,
     Answered,
     EmbeddingForm,
     JSONAnswer,
     adapter_entry,
     data_rows,
     embedding_matrix,
+    json_answer,
 )
+from server.binary_answers import METADATA_HEADER, OCTET_STREAM
 from server.bodies import read_json
+from server.building import built
 from server.engine.errors import BadInput
 from server.engine.job import Ask
 from server.errors import RequestError
@@ -37,6 +38,7 @@ from server.state import ServerState, state_of
 
 NOT_YOURS = "token ids of another tokenizer would be answered with wrong vectors"
 
+BYTES_OF = {"float": JSON, "base64": BASE64, "bytes_only": BINARY}  # a number, by the format
 NAMING = ("adapter_not_found", "version_not_found", "adapter_damaged", "validation_error")
 
 router = APIRouter(prefix="/v1", tags=["openai"])
@@ -80,12 +82,13 @@ async def embeddings(request: Request) -> Response:
     place = Place("input", single=body.input.single, adapter="model")
     ask = Ask(frozenset({"embedding"}), state.backbone.config.pooling)
     reference = as_reference(model, state)
-    answered = await answer_inputs(request, body.input, [reference], ask, place, cut)
+    sizes = Form(vector=BYTES_OF[body.encoding_format])
+    answered = await answer_inputs(request, body.input, [reference], ask, place, cut, form=sizes)
     as_base64 = body.encoding_format == "base64"
     form = EmbeddingForm(body.dimensions, body.normalize, as_base64, body.embed_dtype)
     if body.encoding_format == "bytes_only":
-        return await built(answered.values, lambda: _bytes_answer(answered, form))
-    return await built(answered.values, lambda: _answer(request, answered, model, form))
+        return await built(request, answered.size, lambda: _bytes_answer(answered, form))
+    return await built(request, answered.size, lambda: _answer(request, answered, model, form))
 
 
 def _check_tokens(body: EmbeddingsRequest, state: ServerState) -> None:
@@ -115,7 +118,7 @@ def _answer(request: Request, answered: Answered, model: str, form: EmbeddingFor
         },
     )
     identity = {"id": f"embd-{request.scope['state']['request_id']}", "created": int(time.time())}
-    return JSONAnswer(identity | answered.envelope(model, data))
+    return json_answer(answered.size, identity | answered.envelope(model, data))
 
 
 def _bytes_answer(answered: Answered, form: EmbeddingForm) -> Response:

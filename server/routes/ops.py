@@ -86,6 +86,7 @@ async def info(request: Request) -> Response:
             "max_inputs",
             "max_request_tokens",
             "max_answer_values",
+            "max_answer_bytes",
             "max_body_bytes",
             "default_timeout_ms",
         }

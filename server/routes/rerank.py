@@ -1,5 +1,6 @@
 """POST /rerank, /v1/rerank and /v2/rerank: documents by the cosine of their pooled rows."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -10,12 +11,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server.answer_shapes.rerank import RerankAnswers
-from server.answer_size import built
-from server.answers import Answered, JSONAnswer, adapter_entry
-from server.bodies import read_json
+from server.answer_size import UNSENT, Form
+from server.answers import Answered, adapter_entry, json_answer
+from server.bodies import declared_length, header, read_json
+from server.building import built
 from server.cosine import best_first, cosines
 from server.engine.job import Ask, Floats
 from server.inputs import Cut
+from server.json_pieces import Items
 from server.locating import Place
 from server.named_path import reference_of
 from server.rerank_schema import Documents, RerankRequest
@@ -27,6 +30,7 @@ from server.schemas import Rows
 from server.state import ServerState, state_of
 
 UNCUT = 1 << 62
+BYTES_OF_A_BYTE = 5  # of a document, at most, when it is written again
 EXAMPLES = {
     "documents": {
         "model": "verses",
@@ -56,20 +60,32 @@ async def rerank(request: Request) -> Response:
     ask = Ask(frozenset({"embedding"}), state.backbone.config.pooling)
     reference = _reference(request, body, state)
     cut = _cut(body, state)
-    answered = await answer_inputs(request, rows, [reference], ask, place, cut, body.timeout_ms)
-    return await built(answered.values, lambda: _answer(request, body, answered))
+    form = Form(vector=UNSENT, more=_sent_back(request, body))
+    answered = await answer_inputs(
+        request, rows, [reference], ask, place, cut, body.timeout_ms, form
+    )
+    return await built(request, answered.size, lambda: _answer(request, body, answered))
+
+
+def _sent_back(request: Request, body: RerankRequest) -> int:
+    """The most bytes of the documents in the answer: 1e15 comes back with all its zeros."""
+    if not (body.return_documents or body.return_text):
+        return 0
+    limit = state_of(request).settings.max_body_bytes
+    return BYTES_OF_A_BYTE * (declared_length(header(request, b"content-length")) or limit)
 
 
 def _answer(request: Request, body: RerankRequest, answered: Answered) -> Response:
     scores = cosines(answered)
     order = best_first(scores)[: body.top_n or None]
     if body.texts is not None:
-        return listed(answered, _text_ranks(body.texts, scores, order, body.return_text))
+        ranks = _text_ranks(body.texts, scores, order, body.return_text)
+        return listed(answered, Items(ranks, 4))
     assert body.documents is not None
-    results = _results(answered, body.documents, scores, order, body.return_documents)
+    results = Items(_results(answered, body.documents, scores, order, body.return_documents), 4)
     backbone = state_of(request).backbone.id
     named = reference_of(request.scope) or body.model or body.adapter or backbone
-    return JSONAnswer(_envelope(request, answered, named, results))
+    return json_answer(answered.size, _envelope(request, answered, named, results))
 
 
 def _reference(request: Request, body: RerankRequest, state: ServerState) -> str | None:
@@ -94,12 +110,10 @@ def _cut(body: RerankRequest, state: ServerState) -> Cut | None:
 
 def _text_ranks(
     texts: Rows, scores: Floats, order: list[int], with_text: bool
-) -> list[dict[str, Any]]:
-    return [
-        {"index": index, "score": float(scores[index])}
-        | ({"text": texts[index]} if with_text else {})
-        for index in order
-    ]
+) -> Iterator[dict[str, Any]]:
+    for index in order:
+        text = {"text": texts[index]} if with_text else {}
+        yield {"index": index, "score": float(scores[index])} | text
 
 
 def _results(
@@ -108,8 +122,7 @@ def _results(
     scores: Floats,
     order: list[int],
     with_documents: bool,
-) -> list[dict[str, Any]]:
-    results = []
+) -> Iterator[dict[str, Any]]:
     for index in order:
         result: dict[str, Any] = {"index": index, "relevance_score": float(scores[index])}
         result["truncated"] = answered.rows[index + 1].truncated  # row 0 is the query
@@ -118,13 +131,10 @@ def _results(
             document = sent if isinstance(sent, dict) else {"text": sent}
             # orjson refuses the integers beyond 64 bits that a client's own fields may have
             result["document"] = orjson.Fragment(msgspec.json.encode(document))
-        results.append(result)
-    return results
+        yield result
 
 
-def _envelope(
-    request: Request, answered: Answered, model: str, results: list[dict[str, Any]]
-) -> dict[str, Any]:
+def _envelope(request: Request, answered: Answered, model: str, results: Items) -> dict[str, Any]:
     """What the clients of Cohere, Jina and vLLM look for, each under its own name."""
     version = "2" if request.scope["path"].startswith("/v2/") else "1"
     return {

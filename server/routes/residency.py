@@ -48,9 +48,7 @@ async def _load(request: Request, name: str) -> tuple[Version, bool]:
     deadline = time.monotonic() + LOAD_TIMEOUT_S
     pause_s = FIRST_PAUSE_S
     while True:
-        version, done = await state.admin.call(
-            request, state.library.load, name, 0.0, key_of(request)
-        )
+        version, done = await state.admin.call(request, state.library.load, name, 0.0, key)
         if done or time.monotonic() > deadline:
             return version, done
         await asyncio.sleep(pause_s)

@@ -15,24 +15,26 @@ from server.answer_shapes.tei import (
     Predictions,
     TokenStates,
 )
-from server.answer_size import built
+from server.answer_size import UNSENT, Form
 from server.answers import (
-    METADATA_HEADER,
     Answered,
     EmbeddingForm,
-    JSONAnswer,
     adapter_entry,
     embedding_matrix,
+    json_answer,
     label_entries,
     refuse_errors,
 )
+from server.binary_answers import METADATA_HEADER
 from server.bodies import read_json
+from server.building import built
 from server.cosine import cosines
 from server.engine.job import Ask, Ids
+from server.json_pieces import Items
 from server.locating import Place
 from server.routes.documented import INFER, json_body, ok, tei_errors
 from server.routes.encode import check_dimensions
-from server.routes.inference import answer_inputs, cut_to_block, reference_for
+from server.routes.inference import PLAIN, answer_inputs, cut_to_block, reference_for
 from server.schemas import Rows
 from server.state import state_of
 from server.tei_schema import (
@@ -71,7 +73,9 @@ async def _embedded(request: Request, body: PooledRequest, inputs: Rows) -> Resp
     check_dimensions(body.dimensions, state_of(request))
     answered = await _answered(request, body, inputs, "embedding", Place(single=inputs.single))
     form = EmbeddingForm(body.dimensions, body.normalize)
-    return await built(answered.values, lambda: listed(answered, embedding_matrix(answered, form)))
+    return await built(
+        request, answered.size, lambda: listed(answered, embedding_matrix(answered, form))
+    )
 
 
 @router.post(
@@ -85,8 +89,8 @@ async def embed_all(request: Request) -> Response:
     place = Place(single=body.inputs.single)
     answered = await _answered(request, body, body.inputs, "tokens", place)
     refuse_errors(answered)
-    states = [result.hidden for result in answered.results]
-    return await built(answered.values, lambda: listed(answered, states))
+    states = Items([result.hidden for result in answered.results])
+    return await built(request, answered.size, lambda: listed(answered, states))
 
 
 @router.post(
@@ -106,8 +110,8 @@ async def _compared(
     prefix = "inputs." if nested else ""
     place = Place(f"{prefix}sentences", first=f"{prefix}source_sentence")
     rows = (compared.source_sentence, *compared.sentences)
-    answered = await _answered(request, body, rows, "embedding", place)
-    return listed(answered, cosines(answered))
+    answered = await _answered(request, body, rows, "embedding", place, Form(vector=UNSENT))
+    return await built(request, answered.size, lambda: listed(answered, cosines(answered)))
 
 
 @router.post(
@@ -126,11 +130,13 @@ async def predict(request: Request) -> Response:
     """
     body = await read_json(request, PredictRequest, state_of(request).settings.max_body_bytes)
     place = Place(single=body.inputs.single)
-    answered = await _answered(request, body, body.inputs, "labels", place)
+    form = Form(labels=body.top_k)
+    answered = await _answered(request, body, body.inputs, "labels", place, form)
     refuse_errors(answered)
-    rows = [label_entries(result, body.top_k) for result in answered.results]
+    rows = Items(label_entries(result, body.top_k) for result in answered.results)
     alone = body.inputs.single and body.parameters is None
-    return listed(answered, rows[0] if alone else rows)
+    content = label_entries(answered.results[0], body.top_k) if alone else rows
+    return await built(request, answered.size, lambda: listed(answered, content))
 
 
 @router.post(
@@ -151,14 +157,19 @@ async def root(request: Request) -> Response:
 
 
 async def _answered(
-    request: Request, body: TeiRequest, rows: Sequence[str | Ids], output: str, place: Place
+    request: Request,
+    body: TeiRequest,
+    rows: Sequence[str | Ids],
+    output: str,
+    place: Place,
+    form: Form = PLAIN,
 ) -> Answered:
     state = state_of(request)
     left = body.truncation_direction == "left"
     cut = cut_to_block(state, left) if body.truncate else None
     reference = reference_for(request, body.adapter)
     ask = Ask(frozenset({output}), state.backbone.config.pooling)
-    return await answer_inputs(request, rows, [reference], ask, place, cut, body.timeout_ms)
+    return await answer_inputs(request, rows, [reference], ask, place, cut, body.timeout_ms, form)
 
 
 def listed(answered: Answered, content: Any) -> Response:
@@ -169,4 +180,5 @@ def listed(answered: Answered, content: Any) -> Response:
         "usage": answered.usage,
         "truncated": cut[:TRUNCATED_SHOWN],
     }
-    return JSONAnswer(content, headers={METADATA_HEADER: orjson.dumps(metadata).decode()})
+    header = {METADATA_HEADER: orjson.dumps(metadata).decode()}
+    return json_answer(answered.size, content, header)

@@ -7,25 +7,26 @@ from starlette.responses import Response
 
 from adapters.errors import TrunklineError
 from server.answer_shapes.tokens import DetokenizeAnswer, TokenizeAnswer
-from server.answer_size import built
-from server.answers import JSONAnswer
+from server.answer_size import ROW, AnswerSize, size_of_tokens
+from server.answers import GROUP, json_answer
 from server.bodies import read_json
+from server.building import built, hold_answer
 from server.engine.errors import BadInput, TokenOutOfRange
-from server.inputs import check_tokens, encode_inputs, token_entries
+from server.engine.job import Ids
+from server.inputs import Encoded, check_tokens, token_entries
+from server.json_pieces import Items
 from server.locating import Place, located
 from server.routes.documented import TOKENIZE, errors, json_body, ok
-from server.routes.inference import most_of_request
+from server.routes.inference import encoded_inputs, most_of_request
 from server.schemas import DetokenizeRequest, TokenizeRequest
 from server.state import ServerState, state_of
-
-TOKEN_VALUES = 4  # what a token counts: its id, text and place
 
 router = APIRouter(tags=["tokenizer"])
 
 
 @router.post(
     "/tokenize",
-    responses=errors(*TOKENIZE, "too_many_tokens") | ok(TokenizeAnswer),
+    responses=errors(*TOKENIZE, "too_many_tokens", "overloaded") | ok(TokenizeAnswer),
     openapi_extra=json_body(TokenizeRequest, texts={"inputs": ["To be", "or not to be"]}),
 )
 async def tokenize(request: Request) -> Response:
@@ -34,25 +35,27 @@ async def tokenize(request: Request) -> Response:
     body = await read_json(request, TokenizeRequest, state.settings.max_body_bytes)
     if not all(isinstance(item, str) for item in body.inputs):
         raise BadInput("inputs of /tokenize are texts")
-    tokenizer, most = state.backbone.tokenizer, most_of_request(state)
     try:
-        encoded = await encode_inputs(body.inputs, tokenizer, None, most)
+        encoded = await encoded_inputs(request, body.inputs, None, most_of_request(state))
     except TrunklineError as error:
         raise located(error, Place(single=body.inputs.single), ()) from error
-    tokens = sum(len(row.ids) for row in encoded)
-    check_tokens(tokens, state.settings.max_request_tokens)
+    size = AnswerSize(0, len(encoded) * ROW)
+    size = sum((size_of_tokens(row, state.backbone.tokenizer) for row in encoded), size)
+    hold_answer(request, size)
+    return await built(request, size, lambda: _tokens_answer(encoded, size, state))
 
-    def answer() -> Response:
-        rows = [token_entries(row, tokenizer) for row in encoded]
-        data = [{"index": index, "tokens": tokens} for index, tokens in enumerate(rows)]
-        return JSONAnswer({"object": "list", "model": state.backbone.id, "data": data})
 
-    return await built(tokens * TOKEN_VALUES, answer)
+def _tokens_answer(rows: list[Encoded], size: AnswerSize, state: ServerState) -> Response:
+    data = (
+        {"index": index, "tokens": Items(token_entries(row, state.backbone.tokenizer), GROUP)}
+        for index, row in enumerate(rows)
+    )
+    return json_answer(size, {"object": "list", "model": state.backbone.id, "data": Items(data)})
 
 
 @router.post(
     "/detokenize",
-    responses=errors(*TOKENIZE, "too_many_tokens") | ok(DetokenizeAnswer),
+    responses=errors(*TOKENIZE, "too_many_tokens", "overloaded") | ok(DetokenizeAnswer),
     openapi_extra=json_body(DetokenizeRequest, ids={"ids": [4243, 304]}),
 )
 async def detokenize(request: Request) -> Response:
@@ -61,18 +64,27 @@ async def detokenize(request: Request) -> Response:
     body = await read_json(request, DetokenizeRequest, state.settings.max_body_bytes)
     tokens = sum(map(len, body.ids))
     check_tokens(tokens, state.settings.max_request_tokens)
+    size = AnswerSize(tokens, 2 * sum(_text_bytes(ids, state) for ids in body.ids))
+    hold_answer(request, size)
 
     def answer() -> Response:
         texts = [_text(ids, state) for ids in body.ids]
-        return JSONAnswer({"text": texts[0] if len(texts) == 1 else None, "texts": texts})
+        one = texts[0] if len(texts) == 1 else None
+        return json_answer(size, {"text": one, "texts": Items(texts)})
 
-    return await built(tokens * TOKEN_VALUES, answer)
+    return await built(request, size, answer)
 
 
-def _text(ids: object, state: ServerState) -> str:
+def _text_bytes(ids: object, state: ServerState) -> int:
+    """The most bytes of the text. Raises BadInput or TokenOutOfRange for what has none."""
     if not isinstance(ids, np.ndarray):
         raise BadInput("ids of /detokenize are token ids")
     known = state.backbone.tokenizer.vocab_size
     if ids.min() < 0 or ids.max() >= known:
         raise TokenOutOfRange(f"token ids must be 0 to {known - 1}")
+    return state.backbone.tokenizer.most_text_bytes(ids)
+
+
+def _text(ids: str | Ids, state: ServerState) -> str:
+    assert isinstance(ids, np.ndarray)
     return state.backbone.tokenizer.decode(ids.tolist())

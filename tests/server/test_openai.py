@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference import Oracle
 
+from server.answer_size import AnswerSize
 from server.answers import Answered, EmbeddingForm, data_rows
 from server.engine.errors import NonFiniteResult
 from server.engine.job import Result
@@ -128,7 +129,7 @@ def test_a_row_that_the_dtype_cannot_hold_errs_alone_and_all_of_them_are_one_err
     def data_of(*values: float) -> list[dict[str, Any]]:
         row = Encoded(np.array([1]), None, None, False)
         results = [Result(None, np.array([value], np.float32)) for value in values]
-        answered = Answered([row] * len(values), results, 0.0, 0.0, len(values))
+        answered = Answered([row] * len(values), results, 0.0, 0.0, AnswerSize())
         form = EmbeddingForm(normalize=False, dtype="float16")
         return data_rows(answered, lambda _, r: {"embedding": form.sent(r.embedding).tolist()})
 
