@@ -12,6 +12,7 @@ MAX_OPCODES = 1_000_000  # a vocabulary of 50,000 entries takes about 400,000
 MAX_DEPTH = 100  # of containers within containers
 MAX_DIGITS = 300  # of an integer
 
+DAMAGED = "it is damaged"
 _GROWING = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS"}
 
 
@@ -65,7 +66,7 @@ def scan(file: Readable) -> int:
                 raise Immodest(f"it has more than {MAX_OPCODES:,} parts")
             depths.take(opcode, arg, count)
     except (ValueError, IndexError, KeyError, OverflowError) as error:
-        raise error if isinstance(error, Immodest) else Immodest("it is damaged") from error
+        raise error if isinstance(error, Immodest) else Immodest(DAMAGED) from error
     return file.tell()
 
 
@@ -114,7 +115,7 @@ class _Depths:
         else:
             base = len(self._stack) - len(before)
         if base < 0:
-            raise Immodest("it is damaged")
+            raise Immodest(DAMAGED)
         taken = self._stack[base:]
         del self._stack[base:]
         return taken

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.errors import ImportRefused
-from adapters.pickle_scan import Bytes, Immodest, scan
+from adapters.pickle_scan import DAMAGED, Bytes, Immodest, scan
 from adapters.torch_file import AsksForCode, read_torch_file
 
 MAX_META_BYTES = 64 << 20
@@ -45,11 +45,10 @@ def load_meta(path: Path) -> Mapping[str, Any]:
         raise ImportRefused(f"{path} can't be read: {error.strerror or error}") from error
     except ImportRefused as error:
         raise ImportRefused(f"{path} {error}") from error
-    except Immodest as error:
-        raise ImportRefused(f"{path} is no meta.pkl of a data set: {error}") from error
     except Exception as error:  # a broken pickle raises nearly anything
+        why = f" that is taken: {error}" if _says_why(error) else ""
         raise ImportRefused(
-            f"{path} is not a pickle file; --meta is the meta.pkl that the data set's prepare "
+            f"{path} is not a pickle file{why}; --meta is the meta.pkl that the data set's prepare "
             "script wrote"
         ) from error
     if not isinstance(meta, Mapping) or not isinstance(meta.get("stoi"), Mapping):
@@ -87,8 +86,12 @@ def _what_is_wrong(path: Path, error: Exception) -> str:
             "import: `trunkline adapters push` uploads it"
         )
     damaged = "; it is damaged or cut off" if zipfile.is_zipfile(path) or first[:2] == b"PK" else ""
-    why = f" ({error})" if damaged and isinstance(error, Immodest) else ""
+    why = f" ({error})" if _says_why(error) else ""
     return f"is not a checkpoint of torch.save{damaged}{why}"
+
+
+def _says_why(error: Exception) -> bool:
+    return isinstance(error, Immodest) and str(error) != DAMAGED
 
 
 class _PlainUnpickler(pickle.Unpickler):

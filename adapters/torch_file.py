@@ -18,10 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapters.pickle_scan import Bytes, Immodest, scan
+from adapters.pickle_scan import DAMAGED, Bytes, Immodest, scan
 
 MAX_PARTS = 100_000  # of the archive: two tensors in three training steps have fewer
 MAX_DIMENSIONS = 16
+# Bytes that different views of the storages may have together, in multiples of the storages and
+# besides: each view may become a tensor of its own.
+MOST_VIEWS, SMALL = 3, 1 << 20
 _MAGIC = 0x1950A86A20F9469CFC6C  # of the form before the archive (PyTorch 1.5 and earlier)
 _PROTOCOL = 1001
 
@@ -234,7 +237,7 @@ class _Storages:
         if last >= available or stored.elements > available:
             raise Immodest("a tensor is larger than its values: save it with .contiguous()")
         self._viewed += stored.elements * itemsize
-        if self._viewed > 2 * sum(map(len, self._known.values())):
+        if self._viewed > MOST_VIEWS * sum(map(len, self._known.values())) + SMALL:
             raise Immodest("its tensors overlap: save each with .clone()")
         base = torch.frombuffer(data, dtype=storage.dtype, count=available)
         return base.as_strided(stored.shape, stored.stride, stored.offset)
@@ -255,10 +258,10 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Storage:
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
-            raise Immodest("it is damaged")
+            raise Immodest(DAMAGED)
         _, dtype, key, _, size = pid[:5]
         if not isinstance(dtype, torch.dtype) or type(key) is not str or not _is_count(size):
-            raise Immodest("it is damaged")
+            raise Immodest(DAMAGED)
         if len(pid) > 5 and pid[5] is not None:
             raise Immodest("it has storages that are views: save its tensors with .clone()")
         return Storage(dtype, key, size)
@@ -278,7 +281,7 @@ def _rebuilt(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> Sto
         and all(map(_is_count, (offset, *shape, *stride)))
     )
     if not proper:
-        raise Immodest("it is damaged")
+        raise Immodest(DAMAGED)
     return Stored(storage, offset, shape, stride)
 
 

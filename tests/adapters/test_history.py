@@ -1,0 +1,124 @@
+"""What the registry keeps of the past is bounded, and no number is ever given twice."""
+
+import hashlib
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from adapters import history
+from adapters.records import ParsedTexts
+from adapters.registry import Registry
+from adapters.store import Blob
+from adapters.usage import UsageBook
+from adapters.validate import Manifest
+from adapters.versions import Record
+
+RECORD = Record(Manifest(), {}, 0.0)
+TABLES = ("versions", "pointers", "audit", "deleted_names", "floors")
+NUMBERS = itertools.count()
+
+
+@pytest.fixture
+def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Registry]:
+    for name, value in (("DELETED_NAMES", 4), ("TOMBSTONES_OF_NAME", 3), ("AUDIT_OF_NAME", 5)):
+        monkeypatch.setattr(history, name, value)
+    monkeypatch.setattr(history, "BUCKETS", 2)
+    registry = Registry(tmp_path / "registry.sqlite")
+    yield registry
+    registry.close()
+
+
+def put(registry: Registry, name: str) -> int:
+    digest = f"sha256:{hashlib.sha256(str(next(NUMBERS)).encode()).hexdigest()}"
+    with registry.writing() as connection:
+        return registry.add(connection, name, Blob(digest, 1, 1), RECORD, "tests")[0]
+
+
+def rows(registry: Registry) -> dict[str, int]:
+    return {
+        table: registry._database.rows(f"SELECT count(*) FROM {table}")[0][0] for table in TABLES
+    }
+
+
+def test_a_name_that_comes_back_gets_no_number_and_no_generation_it_ever_had(
+    registry: Registry,
+) -> None:
+    for _ in range(7):
+        put(registry, "first")
+    registry.point("first", "stable", 3, "tests")
+    registry.point("first", "stable", 4, "tests")
+    generations = [p.generation for p in registry.named("first").pointers]
+    registry.remove("first", None, "tests")
+    for index in range(20):  # so many that its rows are dropped
+        put(registry, f"other-{index}")
+        registry.remove(f"other-{index}", None, "tests")
+    assert not registry._database.rows("SELECT 1 FROM versions WHERE name = 'first'")
+    assert put(registry, "first") > 7
+    pointer = registry.point("first", "stable", registry.named("first").versions[0].number, "x")
+    assert pointer.generation > max(generations)
+
+
+def test_the_past_of_names_that_come_and_go_takes_no_more_rows(registry: Registry) -> None:
+    put(registry, "stays")
+    counted = []
+    for index in range(60):
+        put(registry, f"name-{index}")
+        put(registry, f"name-{index}")
+        number = put(registry, "stays")
+        registry.remove("stays", number - 1, "tests")
+        registry.remove(f"name-{index}", None, "tests")
+        counted.append(rows(registry))
+    assert max(counted[30:], key=str) == min(counted[30:], key=str)
+    assert registry.named("stays").current.number == 61
+    assert len(registry.audit("stays")) == history.AUDIT_OF_NAME
+
+
+def test_a_file_of_the_folder_that_was_deleted_stays_deleted_for_ever(registry: Registry) -> None:
+    put(registry, "seed")
+    digest = registry.named("seed").versions[0].digest
+    registry.saw_file("seed", digest)
+    registry.remove("seed", None, "tests")
+    for index in range(20):
+        put(registry, f"other-{index}")
+        registry.remove(f"other-{index}", None, "tests")
+    assert registry.knows("seed", digest)
+
+
+def test_a_registry_of_before_is_taken_over_with_its_files_and_its_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = Registry(tmp_path / "old.sqlite")
+    for _ in range(3):
+        put(registry, "gone")
+    with registry.writing() as connection:
+        connection.execute("UPDATE versions SET deleted_at = 1.0 WHERE name = 'gone'")
+        detail = '{"version": 1, "digest": "sha256:seed"}'
+        connection.execute(
+            "INSERT INTO audit (at, who, action, name, detail) VALUES (0, 'file a', 'put', ?, ?)",
+            ("gone", detail),
+        )
+        for table in ("floors", "deleted_names", "folder_files"):
+            connection.execute(f"DROP TABLE {table}")
+    registry.close()
+    monkeypatch.setattr(history, "DELETED_NAMES", 0)
+    registry = Registry(tmp_path / "old.sqlite")
+    assert rows(registry)["versions"] == 0
+    assert registry.knows("gone", "sha256:seed")
+    assert put(registry, "gone") == 4
+    registry.close()
+
+
+def test_parsed_records_are_bounded_by_bytes_and_usage_by_names() -> None:
+    parsed = ParsedTexts(len, most_bytes=100)
+    assert [parsed("x" * size) for size in (60, 30, 60, 50, 1000)] == [60, 30, 60, 50, 1000]
+    assert len(parsed) == 0
+    assert parsed("y" * 90) == parsed("y" * 90) == 90
+    assert len(parsed) == 1
+    book = UsageBook(most=2)
+    for name in ("a", "b", "c", "c"):
+        book.count(name)
+    assert book.values(of_last_use=False) == {"b": 1, "c": 2}
+    book.forget("c")
+    assert book.of("c").requests == 0
