@@ -34,6 +34,7 @@ from server.guard import Guard
 from server.heads import Heads
 from server.hot import HotRoutes
 from server.keys import KeyRing
+from server.keys_mark import lost_keys, note_keys
 from server.metrics import Metrics
 from server.middleware import RequestContext
 from server.named_path import PREFIX, NamedPaths
@@ -93,6 +94,9 @@ def create_app(settings: Settings) -> FastAPI:
         torch.set_num_threads(settings.threads)
     device = _device(settings)
     dtype = choose_dtype(settings.dtype, device)
+    keys = settings.keys or (settings.data_dir or default_data_dir()) / "keys.json"
+    app.state.keys = KeyRing(keys)
+    _demand_known_keys(settings, app.state.keys)
     backbone = read_backbone(settings.backbone or DEMO_BACKBONE)
     forward = Forward(backbone, dtype, device, int8=settings.dtype == "int8")
     library = _library(settings, backbone, forward)
@@ -100,8 +104,6 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.turns = Turns(settings.max_queue_s)
     app.state.server = ServerState(settings, backbone, forward, library, Metrics())
     app.state.server.metrics.watch_residency(lambda: _residency(library))
-    keys = settings.keys or (settings.data_dir or default_data_dir()) / "keys.json"
-    app.state.keys = KeyRing(keys)
     for routes in ROUTES:
         app.include_router(routes.router)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
@@ -121,6 +123,14 @@ def create_app(settings: Settings) -> FastAPI:
     noted = RequestContext(inner, state.metrics, lambda: state.draining)
     app.middleware_stack = Paths(Proxies(noted, settings.trusted_proxies), settings.root_path)
     return app
+
+
+def _demand_known_keys(settings: Settings, keys: KeyRing) -> None:
+    """Raises BadSettings where a keys file that there was is gone, unless told to serve openly."""
+    if keys.configured:
+        note_keys(keys.path)
+    elif not settings.insecure and (fault := lost_keys(keys.path)):
+        raise BadSettings(fault)
 
 
 def _check_settings(settings: Settings, app: FastAPI) -> None:

@@ -19,6 +19,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from server.keys_mark import note_keys
+
 log = logging.getLogger("trunkline.keys")
 
 Scope = Literal["infer", "admin", "metrics"]
@@ -254,6 +256,7 @@ def _changing(path: Path) -> Iterator[list[Key]]:
             keys = read_keys(path)
             yield keys
             _replace(path, keys)
+            note_keys(path)
     except OSError as error:
         raise BadKeys(f"keys file {path}: {error.strerror}") from error
 
