@@ -37,6 +37,7 @@ from server.heads import Heads
 from server.hot import HotRoutes
 from server.inputs import TokenizerThreads
 from server.keys import KeyRing
+from server.keys_mark import lost_keys, note_keys
 from server.metrics import Metrics
 from server.middleware import RequestContext
 from server.named_path import PREFIX, NamedPaths
@@ -97,6 +98,9 @@ def create_app(settings: Settings) -> FastAPI:
         torch.set_num_threads(settings.threads)
     device = _device(settings)
     dtype = choose_dtype(settings.dtype, device)
+    keys = settings.keys or (settings.data_dir or default_data_dir()) / "keys.json"
+    app.state.keys = KeyRing(keys)
+    _demand_known_keys(settings, app.state.keys)
     backbone = read_backbone(settings.backbone or DEMO_BACKBONE)
     forward = Forward(backbone, dtype, device, int8=settings.dtype == "int8")
     library = _library(settings, backbone, forward)
@@ -107,8 +111,6 @@ def create_app(settings: Settings) -> FastAPI:
     answers = app.state.builders.memory
     app.state.server = ServerState(settings, backbone, forward, library, Metrics())
     app.state.server.metrics.answer_bytes.set_function(lambda: answers.held)
-    keys = settings.keys or (settings.data_dir or default_data_dir()) / "keys.json"
-    app.state.keys = KeyRing(keys)
     app.state.server.metrics.watch_residency(lambda: _residency(library))
     observe(app.state.server, app.state.keys)
     for routes in ROUTES:
@@ -131,6 +133,14 @@ def create_app(settings: Settings) -> FastAPI:
     noted = RequestContext(inner, state.metrics, lambda: state.draining)
     app.middleware_stack = Paths(Proxies(noted, settings.trusted_proxies), settings.root_path)
     return app
+
+
+def _demand_known_keys(settings: Settings, keys: KeyRing) -> None:
+    """Raises BadSettings where a keys file that there was is gone, unless told to serve openly."""
+    if keys.configured:
+        note_keys(keys.path)
+    elif not settings.insecure and (fault := lost_keys(keys.path)):
+        raise BadSettings(fault)
 
 
 def _check_settings(settings: Settings, app: FastAPI) -> None:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from server.key_patterns import fault_of
+from server.keys_mark import note_keys
 
 log = logging.getLogger("trunkline.keys")
 
@@ -269,6 +270,7 @@ def _changing(path: Path) -> Iterator[list[Key]]:
             keys = read_keys(path)
             yield keys
             _replace(path, keys)
+            note_keys(path)
     except OSError as error:
         raise BadKeys(f"keys file {path}: {error.strerror}") from error
 

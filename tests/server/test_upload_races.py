@@ -20,7 +20,7 @@ from adapters.format import adapter_bytes
 from model.checkpoint import read_backbone
 from server.keys import new_key
 
-ROUNDS = int(os.environ.get("RACE_ROUNDS", "2"))
+ROUNDS = int(os.environ.get("RACE_ROUNDS", "1"))
 SEED = int(os.environ.get("RACE_SEED", "1"))
 THREADS, CHANGES = 16, 4  # of each thread in a round
 NAMES = [f"{tenant}/{letter}" for tenant in ("acme", "other") for letter in "abc"]
