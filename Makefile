@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup serve test lint format check crash soak bench loadtest overload soak-hour fuzz restarts attack clients audit docs-page docs image-test deploy-test demo demo-setup demo-data demo-train demo-evaluate races amplification
+.PHONY: setup serve test lint format check crash soak bench loadtest overload soak-hour fuzz restarts attack clients audit docs-page docs image-test deploy-test demo demo-setup demo-data demo-train demo-evaluate races amplification fairness
 
 setup: $(STAMP)
 
@@ -91,6 +91,9 @@ loadtest: setup ## two minutes of real traffic against a server of its own; the 
 
 overload: setup ## 0.5 to 3 times the sustainable load: overload.md, overload.svg, overload-fairness.svg (nine minutes)
 	$(BIN)/python -m loadtest.bench.overload $(ARGS)
+
+fairness: setup ## one key floods over 1 to 200 adapters beside a quiet key: fairness.md, fairness.svg (three minutes)
+	$(BIN)/python -m loadtest.bench.flood $(ARGS)
 
 docs: setup ## the documents as a site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

@@ -209,7 +209,7 @@ class Settings(BaseModel):
     max_queue_tokens: int = Field(
         524_288,
         ge=1,
-        description="Tokens admitted and not answered yet; one key and adapter fills half. "
+        description="Tokens admitted and not answered yet; one key fills at most half. "
         "Beyond: 503 overloaded.",
     )
     max_queue_s: float = Field(

@@ -273,3 +273,74 @@ def test_a_line_that_is_not_the_long_one_is_told_when_there_is_room() -> None:
         device.ask("other", rows=RATE * 4 // ROW)
     device.run(refused.value.details["retry_after_s"])
     device.ask("other", rows=RATE * 4 // ROW)
+
+
+@pytest.mark.parametrize("adapters", [1, 16, 64, 200])
+@pytest.mark.parametrize("rows", [1, 64])
+def test_a_key_fills_half_of_the_queue_over_however_many_adapters(adapters: int, rows: int) -> None:
+    device = Device(max_wait_s=1e9, permits=40 * RATE)
+    refused = 0
+    for number in range(2000):
+        try:
+            device.ask(f"adapter {number % adapters}", "loud", rows)
+        except Overloaded:
+            refused += 1
+            if refused == adapters:
+                break
+    assert refused
+    held = device.admission.permits.of_key("loud")
+    assert 0.8 * 20 * RATE < held <= 20 * RATE
+    device.ask("adapter 0", "quiet", rows=100)
+    assert device.admission.permits.of_key("quiet") == 100 * ROW
+
+
+def test_one_fan_out_request_leaves_room_for_another_key() -> None:
+    device = Device(max_wait_s=1e9, permits=40 * RATE)
+    device.ask("any", "quiet")
+    fan_out = [Row(np.zeros(ROW, dtype=np.int64), f"adapter {n % 64}") for n in range(390)]
+    jobs, _ = device.admission.admit(fan_out, ASK, time.monotonic() + 60, "loud")
+    device.queue.put(jobs)
+    with pytest.raises(Overloaded):
+        device.admission.admit(fan_out, ASK, time.monotonic() + 60, "loud")
+    for number in range(20):
+        device.ask(f"quiet {number}", "quiet")
+
+
+def test_a_key_that_floods_is_told_when_there_is_room_for_it() -> None:
+    device = Device(max_wait_s=1e9, permits=10 * RATE)
+    device.ask("other", "other", rows=20)
+    for number in range(1000):
+        try:
+            device.ask(f"adapter {number % 8}", "loud", rows=4)
+        except Overloaded as error:
+            device.run(error.details["retry_after_s"])
+            device.ask(f"adapter {number % 8}", "loud", rows=4)
+            return
+    raise AssertionError("nothing was ever refused")
+
+
+def test_within_its_key_a_line_that_floods_leaves_room_for_the_others() -> None:
+    device = Device(max_wait_s=1e9, permits=400 * RATE)
+    device.fill("flooding", "key")
+    device.ask("quiet", "key")
+
+
+def test_a_server_is_crowded_when_a_key_may_be_refused() -> None:
+    device = Device(max_wait_s=1e9, permits=10 * RATE)
+    device.ask("a", "one")
+    assert not device.admission.crowded
+    for number in range(1000):
+        try:
+            device.ask(f"adapter {number % 50}", "loud")
+        except Overloaded:
+            break
+    assert device.admission.crowded
+    assert device.admission.refusal(["a"], 1e9, "one") is None
+
+
+def test_permits_that_are_given_back_are_forgotten_by_key() -> None:
+    permits = TokenPermits(100)
+    for number in range(5):
+        permits.take(10, f"key {number}")
+        permits.give_back(10, f"key {number}")
+    assert (permits.held, dict(permits._of_key)) == (0, {})

@@ -39,11 +39,11 @@ class Asker:
     times: float
     weights: Sequence[float]
 
-    def arrivals(self, seed: int) -> Iterator[tuple[float, str, int, int]]:
+    def arrivals(self, seed: int, ends_s: float) -> Iterator[tuple[float, str, int, int]]:
         """(when in s, key, adapter's number, tokens)"""
         dice, at = random.Random(seed), 0.0
         rows_a_second = self.times * RATE * len(LENGTHS) / sum(LENGTHS)
-        while (at := at + dice.expovariate(rows_a_second)) < ENDS_S:
+        while (at := at + dice.expovariate(rows_a_second)) < ends_s:
             adapter = dice.choices(range(len(self.weights)), self.weights)[0]
             yield at, self.key, adapter, dice.choice(LENGTHS)
 
@@ -62,8 +62,14 @@ class Seen:
 class Simulation:
     """The engine's loop on a clock of its own."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, askers: Sequence[Asker]) -> None:
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        askers: Sequence[Asker],
+        ends_s: float = ENDS_S,
+    ) -> None:
         self.now = 0.0
+        self.requests: list[tuple[float, str, list[Row]]] = []  # of many rows, at these times
         clock = SimpleNamespace(monotonic=lambda: self.now)
         monkeypatch.setattr(queue, "time", clock)
         monkeypatch.setattr(admission, "time", clock)
@@ -74,7 +80,7 @@ class Simulation:
             self, backbone, permits, self.queue, self.rate, 1 << 20, MAX_WAIT_S
         )
         self.arrivals = sorted(
-            arrival for seed, asker in enumerate(askers) for arrival in asker.arrivals(seed)
+            arrival for seed, asker in enumerate(askers) for arrival in asker.arrivals(seed, ends_s)
         )
         self.seen = {asker.key: Seen([]) for asker in askers}
         self.busy_s = 0.0
@@ -94,18 +100,23 @@ class Simulation:
             while following is not None and following[0] <= self.now:
                 self.ask(*following)
                 following = next(coming, None)
+            while self.requests and self.requests[0][0] <= self.now:
+                self.ask_rows(*self.requests.pop(0))
             taken = self.queue.take(BATCH, lambda digest, key: SimpleNamespace())  # type: ignore[arg-type,return-value]
             assert not taken.unwanted, "a deadline passed in the queue"
             ended = self.run_batch(taken.jobs, ended)
 
     def ask(self, at: float, key: str, adapter: int, tokens: int) -> None:
-        row = Row(np.zeros(tokens, dtype=np.int64), str(adapter))
+        self.ask_rows(at, key, [Row(np.zeros(tokens, dtype=np.int64), str(adapter))])
+
+    def ask_rows(self, at: float, key: str, rows: Sequence[Row]) -> None:
         try:
-            jobs, _ = self.admission.admit([row], ASK, self.now + 30, key)
+            jobs, _ = self.admission.admit(rows, ASK, self.now + 30, key)
         except Overloaded:
             self.seen[key].refused += at >= WARM_S
             return
-        jobs[0].admitted = at
+        for job in jobs:
+            job.admitted = at
         self.queue.put(jobs)
 
     def run_batch(self, jobs: Sequence[Job], ended: float) -> float:
@@ -154,6 +165,33 @@ def test_beside_a_flood_the_quiet_are_refused_nothing_and_wait_for_few_batches(
     assert (quiet.refused, loud.refused > 0) == (0, True)
     assert quiet.percentile(99) < 4 * BATCH / RATE
     assert loud.percentile(99) < 1.5 * MAX_WAIT_S + BATCH / RATE
+
+
+@pytest.mark.parametrize("adapters", [1, 16, 64, 200])
+def test_beside_a_flood_over_many_adapters_a_quiet_key_is_refused_nothing(
+    monkeypatch: pytest.MonkeyPatch, adapters: int
+) -> None:
+    flood = Asker("loud", 1.5, [1.0] * adapters)
+    simulation = Simulation(monkeypatch, [flood, Asker("quiet", 0.1, [1.0])], ends_s=10.0)
+    simulation.run()
+    loud, quiet = simulation.seen["loud"], simulation.seen["quiet"]
+    assert (quiet.refused, loud.refused > 0) == (0, True)
+    assert quiet.percentile(99) < 4 * BATCH / RATE
+
+
+def test_beside_fan_out_requests_a_quiet_key_is_refused_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    simulation = Simulation(monkeypatch, [Asker("quiet", 0.1, [1.0])], ends_s=14.0)
+    simulation.seen["loud"] = Seen([])
+    # 64 adapters x 32 rows of 64 tokens: 131,072, the most of one request
+    rows = [Row(np.zeros(64, dtype=np.int64), str(number % 64)) for number in range(2048)]
+    simulation.requests = [(at, "loud", rows) for at in range(0, 14)]
+    simulation.run()
+    quiet = simulation.seen["quiet"]
+    assert quiet.refused == 0
+    assert simulation.seen["loud"].waits
+    assert quiet.percentile(99) < 4 * BATCH / RATE
 
 
 def test_a_load_that_comes_and_goes_is_told_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
