@@ -1,7 +1,7 @@
 """A hostile client: its own bytes over raw sockets, again and again; a probe of /health beside it.
 
-`hostile.py HOST PORT FILE KIND [REQUEST]` is the probe: a process of its own, so that it measures the server
-and not this client's threads. Of the standard library alone, so that it starts at once.
+`hostile.py HOST PORT FILE KIND [REQUEST]` is the probe: a process of its own, so that it measures
+the server and not this client's threads. Of the standard library alone, so that it starts at once.
 """
 
 import json
