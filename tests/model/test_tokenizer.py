@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import numpy as np
+import orjson
 import pytest
 from conftest import CHARACTERS, SPECIAL, tiny_tokenizer
 from hypothesis import given, settings
@@ -168,3 +170,37 @@ def test_what_stays_of_a_cut_text_is_as_in_the_whole(words: int, parts: tuple[in
     assert cut.ids == whole.ids[:head] + whole.ids[len(whole.ids) - tail :]
     assert cut.offsets == whole.offsets[:head] + whole.offsets[len(whole.ids) - tail :]
     assert (cut.cut, whole.cut) == (True, False)
+
+
+@pytest.mark.parametrize(
+    "text", ["to be or not " * 20_000, "tobeornot" * 20_000, "to  be\n" * 30_000]
+)
+def test_the_head_of_a_long_text_has_the_first_tokens_of_the_whole(text: str) -> None:
+    """No more of the text is encoded than it takes."""
+    for most in (1, 300, 20_000):
+        head = LEARNT.head(text, most)
+        assert LEARNT.encode(head).ids[:most] == LEARNT.encode(text).ids[:most]
+    assert len(LEARNT.head(text, 1)) <= 65_536
+
+
+LONG_TEXTS = ["to be or not " * 6000, "tobeornot" * 8000]
+
+
+@pytest.mark.parametrize("text", LONG_TEXTS)
+def test_the_head_of_a_long_text_has_the_first_tokens_of_the_whole(text: str) -> None:
+    """No more of the text is encoded than it takes."""
+    head, whole = LEARNT.head(text, 300), LEARNT.encode(text).ids
+    assert len(head) <= 65_536 < len(text)
+    assert LEARNT.encode(head).ids[:300] == whole[:300]
+    found = LEARNT.count_beyond(text, 1000)
+    assert found is not None
+    assert 1000 < found <= len(whole)
+    assert LEARNT.count_beyond(text, len(whole)) is None
+
+
+def test_the_texts_of_ids_are_counted_from_above() -> None:
+    ids = np.arange(LEARNT.vocab_size)
+    texts = [len(orjson.dumps(LEARNT.text_of(int(token)))) - 2 for token in ids]
+    assert all(LEARNT.most_text_bytes(ids[i : i + 1]) >= size for i, size in enumerate(texts))
+    assert LEARNT.longest_texts(3) >= sum(sorted(texts)[-3:])
+    assert LEARNT.most_text_bytes(np.array([-5, 1 << 40])) >= 0
