@@ -22,10 +22,9 @@ from adapters.errors import (
     NameConflict,
     NoEffect,
     ReadOnly,
-    StorageFull,
     TrunklineError,
 )
-from adapters.format import AdapterSet, read_adapter
+from adapters.format import AdapterSet
 from adapters.leases import Lease, LeaseBook
 from adapters.listing import Wanted, page_by_count
 from adapters.names import check_name
@@ -107,7 +106,7 @@ class Library:
         except Damaged:
             try:
                 self.registry.set_damaged([digest])
-            except (ReadOnly, StorageFull):
+            except TrunklineError:
                 log.warning("%s is damaged, and the registry can't be told so", digest)
             raise
 
@@ -186,7 +185,7 @@ class Library:
         nothing is stored. `incoming` is the caller's to discard.
         """
         self.check_upload(upload)
-        record = self._examine(upload, read_adapter(incoming.path))
+        record = self._examine(upload, incoming.read())
         incoming.sync()
         previous = self._current_digest(upload.name)
         try:
@@ -238,7 +237,7 @@ class Library:
             with self.registry.writing():
                 if not self.registry.has_blob(digest):
                     self.store.delete(digest)
-        except (ReadOnly, StorageFull):
+        except TrunklineError:
             log.warning("%s stays as an orphan until the next start", digest)
 
     def remove(
@@ -268,7 +267,7 @@ class Library:
                 if not self.registry.forget_blob(connection, digest):
                     return
                 self.store.delete(digest)
-        except ReadOnly:
+        except TrunklineError:
             log.warning("%s stays on the disk until the next start", digest)
         self.slots.evict(digest)
 

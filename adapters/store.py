@@ -5,26 +5,14 @@ import hashlib
 import os
 import stat
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapters.errors import Damaged, Invalid, ReadOnly, StorageFull, Unreadable
+from adapters.errors import Damaged, Invalid, StorageFull, TrunklineError
 from adapters.format import AdapterSet, read_adapter
-
-_FULL = {errno.ENOSPC, errno.EDQUOT}
-
-
-@contextmanager
-def storage_errors() -> Iterator[None]:
-    """OSErrors of a full disk as StorageFull, of one that takes no writes as ReadOnly."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _FULL:
-            raise StorageFull("the disk is full; nothing was stored") from error
-        raise ReadOnly("the disk takes no writes; nothing was stored", retry_after_s=30) from error
+from adapters.storage_errors import read_error, reason, storage_errors
 
 
 @dataclass(frozen=True)
@@ -59,6 +47,13 @@ class Incoming:
     @property
     def digest(self) -> str:
         return f"sha256:{self._sha.hexdigest()}"
+
+    def read(self) -> AdapterSet:
+        """The adapter in it. Raises Invalid, or Unreadable where it can't be read back now."""
+        try:
+            return read_adapter(self.path)
+        except (OSError, MemoryError) as error:
+            raise read_error(error, "the upload") from error
 
     def sync(self) -> None:
         """Have the bytes on the disk. Raises StorageFull or ReadOnly."""
@@ -116,14 +111,18 @@ class BlobStore:
             with storage_errors():
                 os.replace(incoming.path, path)
                 _sync_folder(self.folder)
-        except (StorageFull, ReadOnly):
+        except TrunklineError:
             if not was_there:
                 path.unlink(missing_ok=True)
             raise
         return incoming._hand_over()
 
     def read(self, digest: str) -> AdapterSet:
-        """The adapter, its bytes hashed again. Raises Damaged, and then has put it away."""
+        """The adapter, its bytes hashed again.
+
+        Raises Damaged for a missing or changed file, and then has put it away; Unreadable where
+        the system can't read it now.
+        """
         path = self.path(digest)
         try:
             if not _is_plain_file(path):
@@ -131,13 +130,11 @@ class BlobStore:
             adapter = read_adapter(path)
             if adapter.digest != digest:
                 raise Damaged(f"the file of {digest} was changed")
-        except FileNotFoundError as error:
-            raise Damaged(f"the file of {digest} is gone") from error
         except (Damaged, Invalid) as error:
             self.quarantine(path)
             raise Damaged(error.message) from error
-        except OSError as error:
-            raise Damaged(f"the file of {digest} can't be read: {error.strerror}") from error
+        except (OSError, MemoryError) as error:
+            raise self._read_error(digest, error) from error
         return adapter
 
     def open(self, digest: str) -> int:
@@ -148,10 +145,14 @@ class BlobStore:
         try:
             return os.open(self.path(digest), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ELOOP):
-                raise Damaged(f"the file of {digest} is gone") from error
-            sentence = f"the file of {digest} can't be opened now: {os.strerror(error.errno or 0)}"
-            raise Unreadable(sentence, retry_after_s=1) from error
+            raise self._read_error(digest, error) from error
+
+    def _read_error(self, digest: str, error: OSError | MemoryError) -> TrunklineError:
+        """Damaged for a missing file or a link; where its whole folder is missing, the disk is."""
+        gone = isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.ELOOP)
+        if gone and self.folder.is_dir():
+            return Damaged(f"the file of {digest} is gone")
+        return read_error(error, f"the file of {digest}")
 
     def verify(self, digest: str) -> str | None:
         """What is wrong with the file of `digest`, or None. Changes nothing."""
@@ -160,8 +161,10 @@ class BlobStore:
             if not _is_plain_file(path):
                 return "not a plain file"
             return None if _hash(path) == digest else "its bytes are not those of its digest"
-        except OSError as error:
-            return f"can't be read: {error.strerror}"
+        except (OSError, MemoryError) as error:
+            if isinstance(self._read_error(digest, error), Damaged):
+                return "the file is gone"
+            return f"can't be read now: {reason(error)}"
 
     def delete(self, digest: str) -> None:
         """Raises ReadOnly where the disk takes no writes."""

@@ -13,7 +13,7 @@ from server.schemas import REFERENCE_PATTERN
 
 HEAD = ("malformed_request", "receive_timeout", "headers_too_large")  # of every route
 GUARD = ("unauthorized", "forbidden", "quota_exceeded")  # of every route, once there are keys
-READ = ("not_ready", "internal_error")
+READ = ("not_ready", "internal_error", "overloaded")  # overloaded: it can't be read just now
 BODY = (
     "malformed_json",
     "invalid_utf8",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from adapters.errors import ReadOnly, StorageFull
+from adapters.errors import ReadOnly, StorageFull, Unreadable, Unwritten
 from adapters.library import Library, Upload
 from adapters.slots import SlotPool
 from model.checkpoint import read_backbone
@@ -52,7 +52,7 @@ def operate(library: Library, operation: str, files: list[bytes]) -> None:
 def outcome(action: Callable[[], object]) -> str:
     try:
         action()
-    except (ReadOnly, StorageFull) as error:
+    except (ReadOnly, StorageFull, Unreadable, Unwritten) as error:
         return type(error).__name__
     except Exception as error:
         return f"unexpected {type(error).__name__}: {error}"
