@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from adapters.storage_errors import reading_registry, writing_registry
+from adapters.errors import ReadOnly
+from adapters.storage_errors import NOTHING_STORED, REPAIR_S, reading_registry, writing_registry
 
 
 class Database:
@@ -18,6 +19,7 @@ class Database:
 
     def __init__(self, path: Path, schema: str) -> None:
         self._path = path
+        self.refused: str | None = None  # why nothing may be written, where nothing may
         self._local = threading.local()
         self._connections: list[sqlite3.Connection] = []
         self._writing = threading.RLock()
@@ -43,6 +45,8 @@ class Database:
     @contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
         """One transaction: committed, and on the disk, when the block ends; or nothing of it."""
+        if self.refused is not None:
+            raise ReadOnly(f"{self.refused}; {NOTHING_STORED}", retry_after_s=REPAIR_S)
         with self._writing, writing_registry(self._path.parent):
             connection = self._connection()
             connection.execute("BEGIN IMMEDIATE")

@@ -14,7 +14,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from adapters import readonly
 from adapters.conditions import UNCONDITIONAL, Condition
+from adapters.disk import Disk
 from adapters.errors import (
     Damaged,
     InUse,
@@ -22,7 +24,10 @@ from adapters.errors import (
     NameConflict,
     NoEffect,
     ReadOnly,
+    StorageFull,
     TrunklineError,
+    Unreadable,
+    Unwritten,
 )
 from adapters.format import AdapterSet
 from adapters.leases import Lease, LeaseBook
@@ -30,9 +35,10 @@ from adapters.listing import Wanted, page_by_count
 from adapters.names import check_name
 from adapters.probe import Probe
 from adapters.registry import Registry
+from adapters.reserve import Reserve
 from adapters.seeds import Seed, Unusable, printable, seeds_in
 from adapters.slots import SlotPool
-from adapters.store import BlobStore, Incoming
+from adapters.store import BlobStore, Incoming, digest_of
 from adapters.validate import MAX_RANK, validate
 from adapters.versions import Named, Record, Version
 from model.checkpoint import Backbone
@@ -76,22 +82,44 @@ class Library:
         *,
         quota: int = 0,
         max_rank: int = MAX_RANK,
+        reserve_bytes: int = 0,
     ) -> None:
         self.backbone, self.encoder, self.max_rank = backbone, encoder, max_rank
         self._probe = Probe(encoder, TrunkHeads.of(backbone.tensors, encoder.device))
-        self._lock_file = _lock(folder)
-        self.store = BlobStore(folder / "blobs", quota)
-        self.registry = Registry(folder / "registry.sqlite")
+        registry = folder / "registry.sqlite"
+        refused = readonly.refusal(folder, registry)
+        self._lock_file = _lock(folder) if refused is None else readonly.lock(folder, refused)
+        self.reserve = Reserve(folder / "reserve", 0 if refused else reserve_bytes)
+        self._registry_copy = readonly.copy_registry(registry) if refused else None
+        if self._registry_copy is not None:
+            registry = Path(self._registry_copy.name) / registry.name
+        # Where the disk is full the reserve has the room that SQLite needs to open a file.
+        self.registry = self.reserve.spend(partial(Registry, registry))
+        self.disk = Disk(folder, self.reserve, refused)
+        if self.disk.read_only is not None:
+            self.registry.refuse_writes(self.disk.read_only)
+        self.store = BlobStore(
+            folder / "blobs", quota, self.disk.admit_upload, make_folders=refused is None
+        )
         self.leases = LeaseBook()
-        self._sweep()
+        self._tidy_up()
         self.slots = slots(self._read)
         self._housekeeper = ThreadPoolExecutor(1, "housekeeper")
         self._usage: dict[str, Usage] = {}
         self._usage_lock = threading.Lock()
         self.unusable: list[Unusable] = []  # files that seed() could not publish
+        self._uncollected: set[str] = set()  # digests whose file or row could not be freed yet
+        self.disk.watch(self._collect_again)
         for digest in self.registry.pinned():
             self.slots.pin(digest)
             self.slots.want(digest, for_jobs=False)
+
+    def _tidy_up(self) -> None:
+        """The start's sweep. A disk that refuses it keeps nothing from being served."""
+        try:
+            self.reserve.spend(self._sweep)
+        except (ReadOnly, StorageFull, Unwritten, Unreadable) as error:
+            log.warning("the start did not look through the stored files: %s", error)
 
     def _sweep(self) -> None:
         self.registry.forget_unused()
@@ -111,9 +139,12 @@ class Library:
             raise
 
     def close(self) -> None:
+        self.disk.close()
         self._housekeeper.shutdown()
         self.slots.close()
         self.registry.close()
+        if self._registry_copy is not None:
+            self._registry_copy.cleanup()
         os.close(self._lock_file)
 
     # Inference.
@@ -247,7 +278,8 @@ class Library:
 
         Its memory and its file are freed when the last of them is answered.
         """
-        digests = {version.digest for version in self.registry.remove(name, number, who, condition)}
+        tombstone = partial(self.registry.remove, name, number, who, condition)
+        digests = {version.digest for version in self.reserve.spend(tombstone)}
         in_flight = sum(
             self.leases.when_drained(digest, partial(self._collect_soon, digest))
             for digest in digests
@@ -263,13 +295,30 @@ class Library:
     def _collect(self, digest: str) -> None:
         """Free slot and file of a digest that no live version names."""
         try:
-            with self.registry.writing() as connection:
-                if not self.registry.forget_blob(connection, digest):
-                    return
-                self.store.delete(digest)
-        except TrunklineError:
-            log.warning("%s stays on the disk until the next start", digest)
+            if not self.reserve.spend(partial(self._forget, digest)):
+                return
+        except TrunklineError as error:
+            log.warning("%s stays on the disk until it can be deleted: %s", digest, error)
+            self._uncollected.add(digest)
         self.slots.evict(digest)
+        if not self.reserve.whole:
+            self.disk.wake()
+
+    def _forget(self, digest: str) -> bool:
+        """Drop the row and the file; False where a live version names the digest."""
+        with self.registry.writing() as connection:
+            if not self.registry.forget_blob(connection, digest):
+                return False
+            self.store.delete(digest)
+        return True
+
+    def _collect_again(self) -> None:
+        """What a disk without writes kept from being freed. Runs on the disk's thread."""
+        while self._uncollected:
+            digest = self._uncollected.pop()
+            self._collect(digest)
+            if digest in self._uncollected:
+                return
 
     def load(self, reference: str, timeout_s: float) -> tuple[Version, bool]:
         """Bring a version into the slots and wait for it; False where the time is over."""
@@ -283,7 +332,7 @@ class Library:
         """
         version = self.registry.resolve(reference)
         if self.slots.is_pinned(version.digest):
-            self.registry.set_pinned(version.digest, False, version.name, who)
+            self._store_unpinned(version, who)
             self.slots.unpin(version.digest)
         # Whoever pins it before those requests are answered wants it to stay.
         evict = partial(self.slots.evict, version.digest, spare_pinned=True)
@@ -305,9 +354,15 @@ class Library:
 
     def unpin(self, reference: str, who: str) -> Version:
         version = self.registry.resolve(reference)
-        self.registry.set_pinned(version.digest, False, version.name, who)
+        self._store_unpinned(version, who)
         self.slots.unpin(version.digest)
         return version
+
+    def _store_unpinned(self, version: Version, who: str) -> None:
+        """On a full disk too: what an operator does to relieve a server is not refused."""
+        self.reserve.spend(
+            partial(self.registry.set_pinned, version.digest, False, version.name, who)
+        )
 
     def seed(self, folder: Path) -> None:
         """Publish the files of a folder, under their paths in it, that were never published.
@@ -335,11 +390,12 @@ class Library:
 
     def _publish_seed(self, seed: Seed, file: str) -> None:
         data = seed.read()
+        if self.registry.knows(seed.name, digest_of(data)):
+            return  # before a byte is written: the disk may take none
         incoming = self.store.incoming()
         try:
             incoming.write(data)
-            if not self.registry.knows(seed.name, incoming.digest):
-                self.publish(Upload(seed.name, who=f"file {file}"), incoming)
+            self.publish(Upload(seed.name, who=f"file {file}"), incoming)
         finally:
             incoming.discard()
 

@@ -38,6 +38,10 @@ class Registry:
     def close(self) -> None:
         self._database.close()
 
+    def refuse_writes(self, reason: str) -> None:
+        """From now on `writing` raises ReadOnly: the file is a copy of one that takes no writes."""
+        self._database.refused = reason
+
     @contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
         """One transaction, as Database.writing."""

@@ -14,6 +14,7 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from adapters.errors import ReadOnly, StorageFull, TrunklineError, Unreadable, Unwritten
 
@@ -32,6 +33,14 @@ _MISUSE = frozenset({sqlite3.SQLITE_ERROR, sqlite3.SQLITE_MISUSE, sqlite3.SQLITE
 def read_error(error: OSError | MemoryError, what: str) -> Unreadable:
     """The error of a read that the system refused; the bytes that are stored may be sound."""
     return Unreadable(f"{what} can't be read now: {reason(error)}", retry_after_s=RETRY_S)
+
+
+def opened(path: Path) -> IO[bytes]:
+    """An upload's file, to be read again. Raises Unreadable."""
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise read_error(error, "the upload") from error
 
 
 def write_error(error: OSError) -> TrunklineError:

@@ -5,7 +5,7 @@ import hashlib
 import os
 import stat
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,16 +27,19 @@ class Blob:
 class Incoming:
     """An upload on its way: written to a temporary file of its own while it is hashed."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, admit: Callable[[], None]) -> None:
         self.path = path
         self.bytes = 0
+        self._admit = admit
+        admit()
         self._sha = hashlib.sha256()
         with storage_errors():
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             self._file = os.open(path, flags, 0o644)
 
     def write(self, data: bytes) -> None:
-        """Raises StorageFull or ReadOnly."""
+        """Raises StorageFull, ReadOnly or Unwritten."""
+        self._admit()
         with storage_errors():
             view = memoryview(data)
             while view:
@@ -81,28 +84,40 @@ class Incoming:
 
 
 class BlobStore:
-    """Files in one folder, named by their SHA-256. `quota` bounds their bytes together, 0 not."""
+    """Files in one folder, named by their SHA-256. `quota` bounds their bytes together, 0 not.
 
-    def __init__(self, folder: Path, quota: int = 0) -> None:
-        self.folder, self.quota = folder, quota
+    `admit` raises StorageFull or ReadOnly while no upload may be written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        quota: int = 0,
+        admit: Callable[[], None] = lambda: None,
+        *,
+        make_folders: bool = True,
+    ) -> None:
+        self.folder, self.quota, self._admit = folder, quota, admit
         self.incoming_folder = folder / "incoming"
         self.quarantine_folder = folder / "quarantine"
-        with storage_errors():
-            for each in (folder, self.incoming_folder, self.quarantine_folder):
-                each.mkdir(parents=True, exist_ok=True)
+        if make_folders:
+            with storage_errors():
+                for each in (folder, self.incoming_folder, self.quarantine_folder):
+                    each.mkdir(parents=True, exist_ok=True)
 
     def path(self, digest: str) -> Path:
         return self.folder / digest.removeprefix("sha256:")
 
     def incoming(self) -> Incoming:
-        """Raises StorageFull or ReadOnly."""
-        return Incoming(self.incoming_folder / uuid.uuid4().hex)
+        """Raises StorageFull, ReadOnly or Unwritten."""
+        return Incoming(self.incoming_folder / uuid.uuid4().hex, self._admit)
 
     def commit(self, incoming: Incoming, used_bytes: int) -> Blob:
         """Publish a synced upload under its digest; `used_bytes` are those stored already.
 
         Raises StorageFull beyond the quota, or as the disk says; the upload is still there then.
         """
+        self._admit()
         path = self.path(incoming.digest)
         was_there = path.exists()
         if self.quota and not was_there and used_bytes + incoming.bytes > self.quota:
@@ -218,6 +233,10 @@ class BlobStore:
 
 def _is_plain_file(path: Path) -> bool:
     return stat.S_ISREG(path.lstat().st_mode)
+
+
+def digest_of(data: bytes) -> str:
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
 def _hash(path: Path) -> str:
