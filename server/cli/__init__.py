@@ -10,6 +10,7 @@ main = click.version_option(__version__)(
         help="One resident trunk, thousands of adapters.",
         members={
             "adapters": "server.cli.adapters:adapters",
+            "backup": "server.cli.backup:backup",
             "bench": "server.cli.bench:bench",
             "calibrate": "server.cli.calibrate:calibrate",
             "classify": "server.cli.inference:classify",
@@ -18,6 +19,7 @@ main = click.version_option(__version__)(
             "import": "server.cli.checkpoints:import_",
             "info": "server.cli.info:info",
             "keys": "server.cli.keys:keys",
+            "restore": "server.cli.backup:restore",
             "serve": "server.cli.serve:serve",
             "train": "server.cli.train:train_",
         },
