@@ -150,6 +150,8 @@ def _add_trunk(sink: Sink, trunk: Path, taken: _Taken, skip_damaged: bool) -> No
             raise BackupRefused(f"{trunk}: files go away as fast as they are copied; try again")
         taken.left_out += [f"{trunk.name}/{BLOBS}/{name}" for name in sorted(missing)]
         kept = {name: copied[name] for name in live if name in copied}
+        for name in copied.keys() - kept.keys():  # deleted since it was copied
+            sink.drop(f"{trunk.name}/{BLOBS}/{name}")
         with snapshot.open("rb") as file:
             registry = sink.add(f"{trunk.name}/{REGISTRY}", file, snapshot.stat().st_size)
         counts = _counts(snapshot) | {
@@ -197,6 +199,7 @@ def _add_file(
             return "has another size than the registry says"
         stored = sink.add(f"{trunk.name}/{BLOBS}/{name}", file, size)
     if stored.sha256 != name:
+        sink.drop(f"{trunk.name}/{BLOBS}/{name}")
         return "has other bytes than its digest says"
     copied[name] = stored
     return None

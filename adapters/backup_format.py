@@ -50,15 +50,15 @@ class Manifest:
     files: dict[str, StoredFile]
 
     def to_bytes(self) -> bytes:
-        text = json.dumps({"format": FORMAT} | asdict(self), indent=1)
+        text = json.dumps({"format": FORMAT} | asdict(self), indent=1) + "\n"
         digest = hashlib.sha256(text.encode()).hexdigest()
-        return f"{digest}\n{text}\n".encode()
+        return f"{digest}\n{text}".encode()
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> "Manifest":
         """Raises BackupRefused."""
         digest, _, text = data.partition(b"\n")
-        if hashlib.sha256(text.removesuffix(b"\n")).hexdigest().encode() != digest:
+        if hashlib.sha256(text).hexdigest().encode() != digest:
             raise BackupRefused(f"{where} is damaged: its digest is not that of its text")
         try:
             return cls._of(json.loads(text))
@@ -103,6 +103,9 @@ class Sink(Protocol):
 
     def add(self, name: str, file: IO[bytes], size: int) -> StoredFile: ...
 
+    def drop(self, name: str) -> None:
+        """It is not to be in the manifest."""
+
 
 class FolderSink:
     """A folder that only its owner may enter."""
@@ -115,6 +118,9 @@ class FolderSink:
         path = self._folder / name
         make_private(path.parent)
         return write_synced(path, file)
+
+    def drop(self, name: str) -> None:
+        (self._folder / name).unlink()
 
 
 class TarSink:
@@ -129,6 +135,9 @@ class TarSink:
         reader = HashedReader(file)
         self._archive.addfile(member, reader)
         return reader.stored
+
+    def drop(self, name: str) -> None:
+        """What is written stays: nobody reads what the manifest does not name."""
 
 
 def make_private(folder: Path) -> None:
