@@ -2,13 +2,12 @@
 
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from adapters.errors import ReadOnly
-from adapters.storage_errors import NOTHING_STORED, REPAIR_S, reading_registry, writing_registry
+from adapters.storage_errors import reading_registry, writing_registry
 
 
 class Database:
@@ -17,9 +16,9 @@ class Database:
     Reads raise Unreadable where the disk refuses; writes StorageFull, ReadOnly or Unwritten.
     """
 
-    def __init__(self, path: Path, schema: str) -> None:
+    def __init__(self, path: Path, schema: str, admit_write: Callable[[], None]) -> None:
         self._path = path
-        self.refused: str | None = None  # why nothing may be written, where nothing may
+        self._admit_write = admit_write
         self._local = threading.local()
         self._connections: list[sqlite3.Connection] = []
         self._writing = threading.RLock()
@@ -45,8 +44,7 @@ class Database:
     @contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
         """One transaction: committed, and on the disk, when the block ends; or nothing of it."""
-        if self.refused is not None:
-            raise ReadOnly(f"{self.refused}; {NOTHING_STORED}", retry_after_s=REPAIR_S)
+        self._admit_write()
         with self._writing, writing_registry(self._path.parent):
             connection = self._connection()
             connection.execute("BEGIN IMMEDIATE")

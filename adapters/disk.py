@@ -10,7 +10,7 @@ from pathlib import Path
 
 from adapters.errors import ReadOnly, StorageFull
 from adapters.reserve import Reserve
-from adapters.storage_errors import FULL_SENTENCE, NO_WRITES, NOTHING_STORED, REPAIR_S, reason
+from adapters.storage_errors import FULL, FULL_SENTENCE, NO_WRITES, NOTHING_STORED, REPAIR_S, reason
 
 log = logging.getLogger("trunkline.disk")
 
@@ -39,17 +39,17 @@ class Disk:
         self._watch: threading.Thread | None = None
         self.look()
 
-    @property
-    def read_only(self) -> str | None:
-        """Why nothing is written for as long as the process lives; None where writes are tried."""
-        if self._refusal is None:
-            return None
-        return f"the data folder took no writes at the start ({reason(self._refusal)})"
+    def admit_write(self) -> None:
+        """Raises ReadOnly or StorageFull where nothing is written for as long as we live."""
+        if self._refusal is not None:
+            sentence = f"{_took_none(self._refusal)}; {NOTHING_STORED}"
+            if self._refusal.errno in FULL:
+                raise StorageFull(sentence)
+            raise ReadOnly(sentence, retry_after_s=REPAIR_S)
 
     def admit_upload(self) -> None:
         """Raises ReadOnly or StorageFull while no upload may begin or go on."""
-        if self.read_only is not None:
-            raise ReadOnly(f"{self.read_only}; {NOTHING_STORED}", retry_after_s=REPAIR_S)
+        self.admit_write()
         if not self.reserve.whole:
             raise StorageFull(FULL_SENTENCE)
 
@@ -89,13 +89,8 @@ class Disk:
                     tidy()  # deleting works on a full disk
 
     def _find_fault(self) -> Fault | None:
-        if self.read_only is not None:
-            if self._refuses_writes() is None:
-                again = "it takes writes again: restart the server to use that"
-            else:
-                again = "restart the server when it does again"
-            sentence = f"{self.read_only}: uploads, deletes, aliases and pins are refused; {again}"
-            return Fault("read_only", sentence)
+        if self._refusal is not None:
+            return _fault_of_start(self._refusal)
         refusal = self._refuses_writes()
         if refusal is not None:
             sentence = f"the data folder takes no writes ({reason(refusal)}): uploads, deletes, "
@@ -123,3 +118,16 @@ class Disk:
         except OSError:
             return False
         return bool(status.f_blocks) and status.f_bavail * status.f_frsize < SMALL_BYTES
+
+
+def _took_none(refusal: OSError) -> str:
+    return f"the data folder took no writes at the start ({reason(refusal)})"
+
+
+def _fault_of_start(refusal: OSError) -> Fault:
+    code = StorageFull.code if refusal.errno in FULL else ReadOnly.code
+    return Fault(
+        code,
+        f"{_took_none(refusal)}: uploads, deletes, aliases and pins are refused; "
+        "restart the server when it does again",
+    )

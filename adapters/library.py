@@ -3,6 +3,7 @@
 Every operation either happened, and is on the disk, or changed nothing.
 """
 
+import errno
 import fcntl
 import logging
 import os
@@ -13,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from adapters import readonly
 from adapters.conditions import UNCONDITIONAL, Condition
@@ -89,21 +91,19 @@ class Library:
         registry = folder / "registry.sqlite"
         refused = readonly.refusal(folder, registry)
         self._lock_file = _lock(folder) if refused is None else readonly.lock(folder, refused)
-        self.reserve = Reserve(folder / "reserve", 0 if refused else reserve_bytes)
-        self._registry_copy = readonly.copy_registry(registry) if refused else None
-        if self._registry_copy is not None:
-            registry = Path(self._registry_copy.name) / registry.name
-        # Where the disk is full the reserve has the room that SQLite needs to open a file.
-        self.registry = self.reserve.spend(partial(Registry, registry))
-        self.disk = Disk(folder, self.reserve, refused)
-        if self.disk.read_only is not None:
-            self.registry.refuse_writes(self.disk.read_only)
+        self._registry_copy: TemporaryDirectory[str] | None = None
+        try:
+            self.reserve = Reserve(folder / "reserve", 0 if refused else reserve_bytes)
+            self._open_registry(folder, registry, refused)
+        except BaseException:
+            os.close(self._lock_file)
+            raise
         self.store = BlobStore(
             folder / "blobs", quota, self.disk.admit_upload, make_folders=refused is None
         )
         self.leases = LeaseBook()
-        self._tidy_up()
         self.slots = slots(self._read)
+        self._tidy_up()
         self._housekeeper = ThreadPoolExecutor(1, "housekeeper")
         self._usage: dict[str, Usage] = {}
         self._usage_lock = threading.Lock()
@@ -113,6 +113,21 @@ class Library:
         for digest in self.registry.pinned():
             self.slots.pin(digest)
             self.slots.want(digest, for_jobs=False)
+
+    def _open_registry(self, folder: Path, path: Path, refused: OSError | None) -> None:
+        """The registry in its place, or a copy of it where the disk does not let it be opened."""
+        if refused is None:
+            self.disk = Disk(folder, self.reserve, None)
+            try:
+                # On a full disk the reserve has the room that SQLite needs to open a file.
+                self.registry = self.reserve.spend(partial(Registry, path))
+                return
+            except StorageFull:
+                refused = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.disk = Disk(folder, self.reserve, refused)
+        self._registry_copy = readonly.copy_registry(path)
+        copy = Path(self._registry_copy.name) / path.name
+        self.registry = Registry(copy, self.disk.admit_write)
 
     def _tidy_up(self) -> None:
         """The start's sweep. A disk that refuses it keeps nothing from being served."""
@@ -127,6 +142,18 @@ class Library:
         if damaged:
             log.warning("%d adapter files are damaged or gone: %s", len(damaged), damaged)
             self.registry.set_damaged(damaged)
+        for digest in self.registry.damaged():
+            self.verify(digest)
+
+    def verify(self, digest: str) -> str | None:
+        """Hash its file: what is wrong with it, or None. A sound file is served from now on, also
+        where it was damaged before."""
+        fault = self.store.verify(digest)
+        if fault is None and digest in self.registry.damaged():
+            self.registry.set_sound(digest)
+            self.slots.forgive(digest)
+            log.info("%s is sound again", digest)
+        return fault
 
     def _read(self, digest: str) -> AdapterSet:
         try:

@@ -7,7 +7,7 @@ A name is resolved by one read; everything behind it is keyed by digest.
 import json
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,16 +31,13 @@ _VERSION = """SELECT v.name, v.number, v.digest, b.bytes, v.created_at, b.record
 class Registry:
     """One file. Reads go through a connection of each thread's own, writes one at a time."""
 
-    def __init__(self, path: Path) -> None:
-        self._database = Database(path, SCHEMA)
+    def __init__(self, path: Path, admit_write: Callable[[], None] = lambda: None) -> None:
+        """`admit_write` raises where nothing may be written: the file is a copy then."""
+        self._database = Database(path, SCHEMA, admit_write)
         self._resolved = Resolved(self.read)
 
     def close(self) -> None:
         self._database.close()
-
-    def refuse_writes(self, reason: str) -> None:
-        """From now on `writing` raises ReadOnly: the file is a copy of one that takes no writes."""
-        self._database.refused = reason
 
     @contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
@@ -141,6 +138,10 @@ class Registry:
 
     def pinned(self) -> list[str]:
         return [row[0] for row in self._rows("SELECT digest FROM blobs WHERE pinned")]
+
+    def damaged(self) -> list[str]:
+        """The digests that `set_damaged` was told of."""
+        return [row[0] for row in self._rows("SELECT digest FROM blobs WHERE damaged")]
 
     def audit(self, name: str, limit: int = 100) -> list[dict[str, Any]]:
         """Who did what to a name, the latest first."""
@@ -312,6 +313,11 @@ class Registry:
         with self.writing() as connection:
             for digest in digests:
                 connection.execute("UPDATE blobs SET damaged = 1 WHERE digest = ?", (digest,))
+
+    def set_sound(self, digest: str) -> None:
+        """Its file is what the digest says: its versions are served again."""
+        with self.writing() as connection:
+            connection.execute("UPDATE blobs SET damaged = 0 WHERE digest = ?", (digest,))
 
     def _current(self, name: str) -> int | None:
         return self._pointer(name, CURRENT).number

@@ -21,6 +21,7 @@ log = logging.getLogger("trunkline.disk")
 
 RESERVE_BYTES = 8 << 20
 LARGEST_SHARE = 8  # a small disk gives an eighth at most
+_STEP = 64 << 10  # bytes; less than one is not worth a file
 _BLOCK = 512  # st_blocks' unit, whatever the file system's own is
 
 T = TypeVar("T")
@@ -36,7 +37,7 @@ class Reserve:
         self._path = path
         self.size = min(size, _disk_bytes(path.parent) // LARGEST_SHARE)
         self._lock = threading.Lock()
-        self.whole = self._is_there()
+        self.whole = self._held_bytes() >= self.size
 
     def spend(self, write: Callable[[], T]) -> T:
         """Run a write that frees space; where the disk is full, once more without the reserve.
@@ -51,10 +52,17 @@ class Reserve:
             return write()
 
     def take_back(self) -> bool:
-        """Make the file again where it was given up and there is room; whether it is there."""
+        """Make the file again where it was given up, as large as half of the room allows.
+
+        Returns whether it is whole; a part of it is good for a few deletes already.
+        """
         with self._lock:
-            if not self.whole and self._free_bytes() > 2 * self.size:
-                self.whole = self._allocate()
+            if not self.whole:
+                held = self._held_bytes()
+                wanted = min(self.size, (held + self._free_bytes()) // 2 // _STEP * _STEP)
+                if wanted > held:
+                    self._allocate(wanted)
+                self.whole = self._held_bytes() >= self.size
                 if self.whole:
                     log.info("%d bytes are kept in reserve for deletes", self.size)
             return self.whole
@@ -71,11 +79,11 @@ class Reserve:
             log.warning("the disk is full: the reserve of %d bytes is given up", self.size)
         return had_some
 
-    def _is_there(self) -> bool:
+    def _held_bytes(self) -> int:
         try:
-            return self._path.stat().st_blocks * _BLOCK >= self.size
+            return self._path.stat().st_blocks * _BLOCK
         except OSError:
-            return self.size == 0
+            return 0
 
     def _free_bytes(self) -> int:
         with suppress(OSError):
@@ -83,18 +91,14 @@ class Reserve:
             return status.f_bavail * status.f_frsize
         return 0
 
-    def _allocate(self) -> bool:
-        try:
+    def _allocate(self, size: int) -> None:
+        with suppress(OSError):
             flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC
             descriptor = os.open(self._path, flags, 0o600)
             try:
-                os.posix_fallocate(descriptor, 0, self.size)
+                os.posix_fallocate(descriptor, 0, size)
             finally:
                 os.close(descriptor)
-        except OSError:
-            with suppress(OSError):
-                self._path.unlink(missing_ok=True)
-        return self._is_there()
 
 
 def _disk_bytes(folder: Path) -> int:

@@ -75,12 +75,12 @@ async def unpin(request: Request, name: str) -> Response:
     | ok(Verified, says.VERIFIED_EXAMPLE, says="Every file was hashed."),
 )
 async def verify(request: Request, name: str) -> Response:
-    """Hash the stored files of all versions again."""
+    """Hash the stored files of all versions again; one that is sound again is served again."""
     library = state_of(request).library
     check_name(name)
     named = await asyncio.to_thread(library.registry.named, name)
     faults = {
-        str(version.number): await asyncio.to_thread(library.store.verify, version.digest)
+        str(version.number): await asyncio.to_thread(library.verify, version.digest)
         for version in named.versions
     }
     return JSONAnswer({"name": name, "sound": not any(faults.values()), "versions": faults})
