@@ -170,6 +170,7 @@ class Library:
         self._housekeeper.shutdown()
         self.slots.close()
         self.registry.close()
+        self.reserve.take_back()  # the next start may need it to open the registry
         if self._registry_copy is not None:
             self._registry_copy.cleanup()
         os.close(self._lock_file)

@@ -13,7 +13,7 @@ from conftest import TINY, random_adapter
 from disks import fill, set_read_only, small_disk
 from faulty_child import open_library
 
-from adapters.errors import InUse, ReadOnly, StorageFull
+from adapters.errors import Damaged, InUse, ReadOnly, StorageFull, Unreadable
 from adapters.format import adapter_bytes
 from adapters.library import Library, Upload
 from adapters.reserve import RESERVE_BYTES
@@ -194,3 +194,41 @@ def test_a_start_without_permission_to_write_serves_what_is_there(
         finally:
             for each in folders:
                 each.chmod(0o755)
+
+
+def test_damage_is_cleared_when_the_file_is_sound_again(
+    tiny_backbone: Path, tmp_path: Path, files: list[bytes]
+) -> None:
+    folder = tmp_path / "data"
+    with closing(open_library(folder, tiny_backbone)) as library:
+        put(library, "a", files[0])
+        digest = library.version("a").digest
+        path, sound = library.store.path(digest), library.store.path(digest).read_bytes()
+        path.unlink()
+        with pytest.raises(Damaged):
+            library.load("a", 30)
+        with pytest.raises(Damaged):
+            library.version("a")
+        path.write_bytes(sound)
+        assert library.verify(digest) is None
+        assert library.load("a", 30)[1]
+        library.slots.evict(digest)
+        path.write_bytes(bytes(len(sound)))
+        with pytest.raises(Damaged):
+            library.load("a", 30)
+        path.write_bytes(sound)
+    with closing(open_library(folder, tiny_backbone)) as library:
+        assert library.load("a", 30)[1]
+
+
+def test_a_missing_folder_of_files_is_a_missing_disk_and_no_damage(
+    tiny_backbone: Path, tmp_path: Path, files: list[bytes]
+) -> None:
+    with closing(open_library(tmp_path / "data", tiny_backbone)) as library:
+        put(library, "a", files[0])
+        library.store.folder.rename(tmp_path / "away")
+        with pytest.raises(Unreadable):
+            library.load("a", 30)
+        (tmp_path / "away").rename(library.store.folder)
+        library.slots.forgive(library.version("a").digest)
+        assert library.load("a", 30)[1]
