@@ -2,26 +2,27 @@
 
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from adapters.errors import ReadOnly, StorageFull
+from adapters.storage_errors import reading_registry, writing_registry
 
 
 class Database:
     """One file, with a connection for each thread. What `writing` returned from is on the disk.
 
-    Everything raises StorageFull or ReadOnly where the disk refuses.
+    Reads raise Unreadable where the disk refuses; writes StorageFull, ReadOnly or Unwritten.
     """
 
-    def __init__(self, path: Path, schema: str) -> None:
+    def __init__(self, path: Path, schema: str, admit_write: Callable[[], None]) -> None:
         self._path = path
+        self._admit_write = admit_write
         self._local = threading.local()
         self._connections: list[sqlite3.Connection] = []
         self._writing = threading.RLock()
-        with _database_errors():
+        with writing_registry(path.parent):
             self._connection().executescript(f"BEGIN IMMEDIATE; {schema} COMMIT;")
 
     def close(self) -> None:
@@ -43,31 +44,28 @@ class Database:
     @contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
         """One transaction: committed, and on the disk, when the block ends; or nothing of it."""
-        with self._writing, _database_errors():
+        self._admit_write()
+        with self._writing, writing_registry(self._path.parent):
             connection = self._connection()
             connection.execute("BEGIN IMMEDIATE")
             try:
                 yield connection
                 connection.execute("COMMIT")
             except BaseException:
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")
+                self._roll_back(connection)
                 raise
+
+    def _roll_back(self, connection: sqlite3.Connection) -> None:
+        """Where the disk refuses even that, a new connection takes its place."""
+        try:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+        except sqlite3.Error:
+            self._connections.remove(connection)
+            self._local.connection = None
+            connection.close()
 
     def rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
         """What a query gives, within the transaction of this thread if it is in one."""
-        with _database_errors():
+        with reading_registry():
             return self._connection().execute(query, values).fetchall()
-
-
-@contextmanager
-def _database_errors() -> Iterator[None]:
-    """SQLite's refusals of the disk as StorageFull and ReadOnly."""
-    try:
-        yield
-    except sqlite3.OperationalError as error:
-        if "full" in str(error):
-            raise StorageFull("the disk is full; nothing was stored") from error
-        raise ReadOnly(
-            "the registry takes no writes; nothing was stored", retry_after_s=30
-        ) from error

@@ -79,7 +79,13 @@ class Damaged(TrunklineError):
 
 
 class Unreadable(TrunklineError):
-    """A stored file can't be read now, for a reason that says nothing of its bytes."""
+    """A stored file can't be read now, for a reason that says nothing about its bytes."""
+
+    code = "overloaded"
+
+
+class Unwritten(TrunklineError):
+    """A write failed for a reason that may pass by itself: no file descriptor, an I/O error."""
 
     code = "overloaded"
 

@@ -3,9 +3,7 @@
 Every operation either happened, and is on the disk, or changed nothing.
 """
 
-import fcntl
 import logging
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -16,26 +14,21 @@ from adapters.collector import Collector
 from adapters.conditions import UNCONDITIONAL, Condition
 from adapters.errors import (
     Damaged,
-    InUse,
     Invalid,
     NameConflict,
     NoEffect,
-    ReadOnly,
-    StorageFull,
     TrunklineError,
 )
-from adapters.format import AdapterSet, read_adapter
+from adapters.format import AdapterSet
 from adapters.leases import Lease, LeaseBook
 from adapters.listing import Wanted, page_by_count
 from adapters.names import check_name
+from adapters.opening import open_folder
 from adapters.probe import Probe
-from adapters.reconciliation import reconcile
-from adapters.registry import Registry
-from adapters.registry_file import demand_registry
 from adapters.residency import Residency, use_of
 from adapters.seeds import Seed, Unusable, printable, seeds_in
 from adapters.slots import SlotPool
-from adapters.store import BlobStore, Incoming
+from adapters.store import Incoming, digest_of
 from adapters.usage import Usage, UsageBook
 from adapters.validate import MAX_RANK, validate
 from adapters.version_pages import Listed, listed, within_a_page
@@ -73,24 +66,24 @@ class Library:
         *,
         quota: int = 0,
         max_rank: int = MAX_RANK,
+        reserve_bytes: int = 0,
     ) -> None:
         self.backbone, self.encoder, self.max_rank = backbone, encoder, max_rank
         self._probe = Probe(encoder, TrunkHeads.of(backbone.tensors, encoder.device))
-        self._lock_file = _lock(folder)
-        try:
-            self.store, self.registry = _open(folder, quota)
-        except BaseException:
-            os.close(self._lock_file)
-            raise
+        self._folder = open_folder(folder, quota, reserve_bytes)
+        self.store, self.registry = self._folder.store, self._folder.registry
+        self.disk, self.reserve = self._folder.disk, self._folder.reserve
         self.leases = LeaseBook()
         self._collector = Collector(self.registry, self.store, self.leases.of_digest)
         self.slots = slots(self._read)
         self._housekeeper = ThreadPoolExecutor(1, "housekeeper")
         self._usage = UsageBook()
         self.unusable: list[Unusable] = []  # files that seed() could not publish
+        self._uncollected: set[str] = set()  # digests whose file or row could not be freed yet
         for digest in self.registry.unused():
             self._collect_soon(digest)  # deletes that a stop cut off
         self.residency = Residency(self.registry, self.store, self.slots, self.leases)
+        self.disk.watch(self._collect_again)
 
     def _read(self, digest: str) -> AdapterSet:
         try:
@@ -98,7 +91,7 @@ class Library:
         except Damaged:
             try:
                 self._put_away_if_damaged(digest)
-            except (ReadOnly, StorageFull):
+            except TrunklineError:
                 log.warning("%s is damaged, and the registry can't be told so", digest)
             raise
 
@@ -121,10 +114,10 @@ class Library:
         return fault
 
     def close(self) -> None:
+        self.disk.close()
         self._housekeeper.shutdown()
         self.slots.close()
-        self.registry.close()
-        os.close(self._lock_file)
+        self._folder.close()
 
     # Inference.
 
@@ -174,7 +167,7 @@ class Library:
         nothing is stored. `incoming` is the caller's to discard.
         """
         self.check_upload(upload)
-        record = self._examine(upload, read_adapter(incoming.path))
+        record = self._examine(upload, incoming.read())
         incoming.sync()
         previous = self._current_digest(upload.name)
         try:
@@ -220,7 +213,7 @@ class Library:
     def _take_back(self, incoming: Incoming) -> None:
         try:
             self._collector.take_back(incoming)
-        except (ReadOnly, StorageFull):
+        except TrunklineError:
             incoming.keep()
             log.warning("%s stays in the store until the next start", incoming.digest)
 
@@ -231,7 +224,8 @@ class Library:
 
         Its memory and its file are freed when the last of them is answered.
         """
-        removed = self.registry.remove(name, number, who, condition)
+        tombstone = partial(self.registry.remove, name, number, who, condition)
+        removed = self.reserve.spend(tombstone)
         if not self.registry.exists(name):
             self._usage.forget(name)
         in_flight = self.residency.forget(removed)
@@ -248,27 +242,38 @@ class Library:
     def _collect(self, digest: str) -> None:
         """Free slot and file of a digest that no live version names."""
         try:
-            if not self._collector.collect(digest):
+            if not self.reserve.spend(partial(self._collector.collect, digest)):
                 return
-        except (ReadOnly, StorageFull):
-            log.warning("%s stays on the disk until the next start", digest)
+        except TrunklineError as error:
+            log.warning("%s stays on the disk until it can be deleted: %s", digest, error)
+            self._uncollected.add(digest)
         self.slots.evict(digest)
+        if not self.reserve.whole:
+            self.disk.wake()
+
+    def _collect_again(self) -> None:
+        """What a disk without writes kept from being freed. Runs on the disk's thread."""
+        while self._uncollected:
+            digest = self._uncollected.pop()
+            self._collect(digest)
+            if digest in self._uncollected:
+                return
 
     def load(self, reference: str, timeout_s: float, key: str = "") -> tuple[Version, bool]:
         """As Residency.load."""
         return self.residency.load(reference, timeout_s, key)
 
     def unload(self, reference: str, who: str) -> tuple[Version, int]:
-        """As Residency.unload."""
-        return self.residency.unload(reference, who)
+        """As Residency.unload; on a full disk too: it relieves the server."""
+        return self.reserve.spend(partial(self.residency.unload, reference, who))
 
     def pin(self, reference: str, who: str, key: str = "") -> Version:
         """As Residency.pin."""
         return self.residency.pin(reference, who, key)
 
     def unpin(self, reference: str, who: str) -> Version:
-        """As Residency.unpin."""
-        return self.residency.unpin(reference, who)
+        """As Residency.unpin; on a full disk too."""
+        return self.reserve.spend(partial(self.residency.unpin, reference, who))
 
     def seed(self, folder: Path) -> None:
         """Publish the files of a folder, under their paths in it, that were never published.
@@ -296,41 +301,13 @@ class Library:
 
     def _publish_seed(self, seed: Seed, file: str) -> None:
         data = seed.read()
-        incoming = self.store.incoming()
-        try:
-            incoming.write(data)
-            digest = incoming.digest
-            if not self.registry.knows(seed.name, digest):
+        digest = digest_of(data)
+        if not self.registry.knows(seed.name, digest):  # before a byte is written
+            incoming = self.store.incoming()
+            try:
+                incoming.write(data)
                 self.publish(Upload(seed.name, who=f"file {file}"), incoming)
+            finally:
+                incoming.discard()
+        if self.disk.fault is None:
             self.registry.saw_file(seed.name, digest)
-        finally:
-            incoming.discard()
-
-
-def _open(folder: Path, quota: int) -> tuple[BlobStore, Registry]:
-    """Both, held against each other. Raises RegistryLost, StorageFull or ReadOnly."""
-    store = BlobStore(folder / "blobs", quota)
-    path = folder / "registry.sqlite"
-    demand_registry(path, store)
-    registry = Registry(path)
-    try:
-        reconcile(store, registry)
-    except BaseException:
-        registry.close()
-        raise
-    return store, registry
-
-
-def _lock(folder: Path) -> int:
-    """Raises InUse or ReadOnly; the lock ends with the process."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise ReadOnly(f"{folder} can't be written: {error.strerror}") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise InUse(f"another server uses {folder}; give this one a --data folder") from error
-    return descriptor

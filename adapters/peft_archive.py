@@ -18,6 +18,7 @@ from typing import IO, NoReturn
 
 from adapters.peft import TENSOR_FILE, PeftFolder
 from adapters.peft_config import CONFIG_FILE, MAX_CONFIG_BYTES, PeftRefused
+from adapters.storage_errors import opened
 
 MAX_MEMBERS = 1000
 MAX_DIRECTORY_BYTES = 1 << 20  # of a zip's central directory
@@ -52,11 +53,11 @@ class _Found:
 def read_archive(path: Path, form: Form, max_bytes: int, boundary: str = "") -> PeftFolder:
     """The PEFT folder in a file. `max_bytes` bounds the tensor file.
 
-    Raises PeftRefused, whose reason is `archive` where the archive is at fault.
+    Raises PeftRefused, whose reason is `archive` where the archive is at fault, or Unreadable.
     """
     found = _Found()
     budget = _Budget(max_bytes + MAX_CONFIG_BYTES + OVERHEAD_BYTES)
-    with path.open("rb") as file:
+    with opened(path) as file:
         if form is Form.ZIP:
             _read_zip(file, found, budget)
         elif form is Form.MULTIPART:

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapters.errors import ReadOnly, StorageFull
+from adapters.errors import TrunklineError
 from adapters.registry import Registry
 from adapters.versions import Version
 
@@ -31,7 +31,7 @@ class PinTable:
         self._registry = registry
         try:
             self._migrate()
-        except (ReadOnly, StorageFull) as error:
+        except TrunklineError as error:
             log.warning("pins can't be changed, since the registry takes no writes: %s", error)
 
     def rows(self) -> list[PinRow]:

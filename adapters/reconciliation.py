@@ -2,7 +2,7 @@
 
 import logging
 
-from adapters.errors import ReadOnly, StorageFull
+from adapters.errors import TrunklineError
 from adapters.inventory import Inventory, take_inventory
 from adapters.registry import Registry
 from adapters.registry_file import demand_no_unknown
@@ -46,5 +46,5 @@ def _record_damage(registry: Registry, found: Inventory, suspected: set[str]) ->
         with registry.writing() as connection:
             registry.note_damage(connection, set(damaged) - suspected, True)
             registry.note_damage(connection, mended, False)
-    except (ReadOnly, StorageFull):
+    except TrunklineError:
         log.warning("which files are damaged can't be recorded now")

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapters.inventory import Unnamed, unnamed_files
-from adapters.library import _lock as lock_folder
 from adapters.mark import mark_of
+from adapters.opening import lock_folder
 from adapters.registry import SCHEMA, Registry
 from adapters.registry_file import RegistryState, inspect_registry, is_record, read_only
 from adapters.store import BlobStore

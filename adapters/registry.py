@@ -7,7 +7,7 @@ A name is resolved by one read; everything behind it is keyed by digest.
 import json
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,10 @@ _LIVE = "SELECT digest FROM versions WHERE deleted_at IS NULL"
 class Registry:
     """One file. Reads go through a connection of each thread's own, writes one at a time."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, admit_write: Callable[[], None] = lambda: None) -> None:
+        """`admit_write` raises where nothing may be written: the file is a copy then."""
         self.path = path
-        self._database = Database(path, SCHEMA + history.SCHEMA)
+        self._database = Database(path, SCHEMA + history.SCHEMA, admit_write)
         self._resolved = Resolved(self.read)
         self.mark = Mark(mark_of(path), self.commits())
         self._prepare_history()

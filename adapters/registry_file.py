@@ -134,8 +134,11 @@ def is_record(text: object) -> bool:
     return True
 
 
-def demand_registry(path: Path, store: BlobStore) -> None:
-    """Raises RegistryLost unless the file can be served from, or begun in an empty folder."""
+def demand_registry(path: Path, store: BlobStore, shown: Path | None = None) -> None:
+    """Raises RegistryLost unless the file can be served from, or begun in an empty folder.
+
+    The sentence names `shown` where the file is a copy of that.
+    """
     state = inspect_registry(path)
     fault = state.fault
     if fault is None and not state.exists:
@@ -148,9 +151,9 @@ def demand_registry(path: Path, store: BlobStore) -> None:
     if fault is None and state.mark_fault:
         fault = f"can't be held against its mark: {mark_of(path).name} {state.mark_fault}"
     if fault is not None:
-        raise registry_lost(path, fault)
+        raise registry_lost(shown or path, fault)
     if state.digests is not None:
-        demand_no_unknown(path, unnamed_files(store, state.digests))
+        demand_no_unknown(shown or path, unnamed_files(store, state.digests))
 
 
 def _traces_beside(path: Path, state: RegistryState, files: Unnamed) -> str | None:

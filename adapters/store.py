@@ -7,30 +7,19 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapters.errors import Damaged, Invalid, ReadOnly, StorageFull, Unreadable
+from adapters.errors import Damaged, Invalid, ReadOnly, StorageFull, TrunklineError
 from adapters.format import AdapterSet, read_adapter
 from adapters.soundness import fault_of
+from adapters.storage_errors import read_error, reason, storage_errors
 
 log = logging.getLogger("trunkline.store")
 
-_FULL = {errno.ENOSPC, errno.EDQUOT}
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EINVAL}
-
-
-@contextmanager
-def storage_errors() -> Iterator[None]:
-    """OSErrors of a full disk as StorageFull, of one that takes no writes as ReadOnly."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _FULL:
-            raise StorageFull("the disk is full; nothing was stored") from error
-        raise ReadOnly("the disk takes no writes; nothing was stored", retry_after_s=30) from error
 
 
 @dataclass(frozen=True)
@@ -45,18 +34,21 @@ class Blob:
 class Incoming:
     """An upload on its way: written to a temporary file of its own while it is hashed."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, admit: Callable[[], None]) -> None:
         self.path = path
         self.bytes = 0
         self.is_published = False  # it may have a name in the store: `BlobStore.publish`
         self._kept = False
+        self._admit = admit
+        admit()
         self._sha = hashlib.sha256()
         with storage_errors():
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             self._file = os.open(path, flags, 0o644)
 
     def write(self, data: bytes) -> None:
-        """Raises StorageFull or ReadOnly."""
+        """Raises StorageFull, ReadOnly or Unwritten."""
+        self._admit()
         with storage_errors():
             view = memoryview(data)
             while view:
@@ -67,6 +59,13 @@ class Incoming:
     @property
     def digest(self) -> str:
         return f"sha256:{self._sha.hexdigest()}"
+
+    def read(self) -> AdapterSet:
+        """The adapter in it. Raises Invalid, or Unreadable where it can't be read back now."""
+        try:
+            return read_adapter(self.path)
+        except (OSError, MemoryError) as error:
+            raise read_error(error, "the upload") from error
 
     def sync(self) -> None:
         """Have the bytes and the name on the disk. Raises StorageFull or ReadOnly."""
@@ -93,21 +92,32 @@ class Incoming:
 
 
 class BlobStore:
-    """Files in one folder, named by their SHA-256. `quota` bounds their bytes together, 0 not."""
+    """Files in one folder, named by their SHA-256. `quota` bounds their bytes together, 0 not.
 
-    def __init__(self, folder: Path, quota: int = 0) -> None:
-        self.folder, self.quota = folder, quota
+    `admit` raises StorageFull or ReadOnly while no upload may be written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        quota: int = 0,
+        admit: Callable[[], None] = lambda: None,
+        *,
+        make_folders: bool = True,
+    ) -> None:
+        self.folder, self.quota, self._admit = folder, quota, admit
         self.incoming_folder = folder / "incoming"
         self.quarantine_folder = folder / "quarantine"
-        for each in (folder, self.incoming_folder, self.quarantine_folder):
-            _make_folder(each)
+        if make_folders:
+            for each in (folder, self.incoming_folder, self.quarantine_folder):
+                _make_folder(each)
 
     def path(self, digest: str) -> Path:
         return self.folder / digest.removeprefix("sha256:")
 
     def incoming(self) -> Incoming:
-        """Raises StorageFull or ReadOnly."""
-        return Incoming(self.incoming_folder / uuid.uuid4().hex)
+        """Raises StorageFull, ReadOnly or Unwritten."""
+        return Incoming(self.incoming_folder / uuid.uuid4().hex, self._admit)
 
     def entries(self) -> Iterator[Path]:
         """All that is in the folder of published files. Raises OSError."""
@@ -122,6 +132,7 @@ class BlobStore:
         an upload that was not acknowledged. A sound file of this digest stays, an unsound one is
         put away. Raises StorageFull beyond the quota, StorageFull or ReadOnly as the disk says.
         """
+        self._admit()
         path = self.path(incoming.digest)
         with storage_errors():
             was_there = os.path.lexists(path)
@@ -138,7 +149,10 @@ class BlobStore:
             return Blob(incoming.digest, incoming.bytes, path.lstat().st_mtime_ns)
 
     def read(self, digest: str) -> AdapterSet:
-        """The adapter, its bytes hashed again. Raises Damaged."""
+        """The adapter, its bytes hashed again.
+
+        Raises Damaged for a missing or changed file, Unreadable where the system can't read it now.
+        """
         path = self.path(digest)
         try:
             if not _is_plain_file(path):
@@ -146,12 +160,10 @@ class BlobStore:
             adapter = read_adapter(path)
             if adapter.digest != digest:
                 raise Damaged(f"the file of {digest} was changed")
-        except FileNotFoundError as error:
-            raise Damaged(f"the file of {digest} is gone") from error
         except Invalid as error:
             raise Damaged(error.message) from error
-        except OSError as error:
-            raise Damaged(f"the file of {digest} can't be read: {error.strerror}") from error
+        except (OSError, MemoryError) as error:
+            raise self._read_error(digest, error) from error
         return adapter
 
     def open(self, digest: str) -> int:
@@ -162,17 +174,21 @@ class BlobStore:
         try:
             return os.open(self.path(digest), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ELOOP):
-                raise Damaged(f"the file of {digest} is gone") from error
-            sentence = f"the file of {digest} can't be opened now: {os.strerror(error.errno or 0)}"
-            raise Unreadable(sentence, retry_after_s=1) from error
+            raise self._read_error(digest, error) from error
+
+    def _read_error(self, digest: str, error: OSError | MemoryError) -> TrunklineError:
+        """Damaged for a missing file or a link; where its whole folder is missing, the disk is."""
+        gone = isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.ELOOP)
+        if gone and self.folder.is_dir():
+            return Damaged(f"the file of {digest} is gone")
+        return read_error(error, f"the file of {digest}")
 
     def verify(self, digest: str) -> str | None:
         """What is wrong with the file of `digest`, or None. Changes nothing."""
         try:
             return fault_of(self.path(digest), digest)
-        except OSError as error:
-            return f"can't be read: {error.strerror}"
+        except (OSError, MemoryError) as error:
+            return f"it can't be read now: {reason(error)}"
 
     def is_damaged(self, digest: str) -> bool:
         """Whether its file is gone or of other bytes: False where it can't be read now."""
@@ -236,6 +252,10 @@ def _link(source: Path, target: Path) -> None:
 
 def _is_plain_file(path: Path) -> bool:
     return stat.S_ISREG(path.lstat().st_mode)
+
+
+def digest_of(data: bytes) -> str:
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
 def sync_folder(folder: Path) -> None:

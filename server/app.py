@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from adapters.errors import TrunklineError
 from adapters.host_tier import HostTier
 from adapters.library import Library
+from adapters.reserve import RESERVE_BYTES
 from adapters.slots import SlotPool
 from model.checkpoint import Backbone, read_backbone
 from model.demo import FOLDER as DEMO_BACKBONE
@@ -243,6 +244,7 @@ def _library(settings: Settings, backbone: Backbone, forward: Forward) -> Librar
         ),
         quota=settings.storage_quota,
         max_rank=settings.max_rank,
+        reserve_bytes=RESERVE_BYTES,
     )
     if folder is not None:
         library.seed(folder)

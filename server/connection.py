@@ -15,6 +15,7 @@ from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from server.corked import Corked
+from server.descriptors import ConnectionBound
 from server.errors import STATUS, RequestError, error_body
 from server.half_close import HalfClose
 from server.parser import RequestParser
@@ -29,6 +30,7 @@ CLIENT = "trunkline.client"  # of a scope: its Client
 MAX_FRAMING_BYTES, FRAMING_OF_A_BYTE = 64 << 10, 16
 START_BYTES = 256  # of a head, kept to tell what it was meant to be
 VERSIONS = ("1.0", "1.1")
+TOO_MANY = "too many connections are open; reuse one, or try again later"
 NOT_HTTP = "this is not HTTP/1.1, or can be read in two ways"
 _NO_VERSION = re.compile(rb"\s*[A-Z]+ [^ \r\n]*\r?\n")  # a request line of HTTP/0.9
 _OTHER_PROTOCOL = re.compile(rb"\s*[A-Z]+ [^ \r\n]* (?!HTTP/)")  # RTSP and ICE, which llhttp reads
@@ -74,8 +76,15 @@ class Connection(HttpToolsProtocol):
 
     header_timeout_s = HEADER_TIMEOUT_S
 
-    def __init__(self, *options: Any, shed: Refuse | None = None, **more: Any) -> None:
+    def __init__(
+        self,
+        *options: Any,
+        shed: Refuse | None = None,
+        bound: ConnectionBound | None = None,
+        **more: Any,
+    ) -> None:
         super().__init__(*options, **more)
+        self._bound = bound
         self._requests = RequestParser(self)
         self.parser = self._requests  # type: ignore[assignment]
         self._shed = shed
@@ -95,8 +104,12 @@ class Connection(HttpToolsProtocol):
         self._writes = corked.writes
         self._half_close = HalfClose(self.transport, self.loop, self._may_probe)
         self._await_head()
+        if self._bound is not None and not self._bound.enter():
+            self._refuse("overloaded", TOO_MANY)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if self._bound is not None:
+            self._bound.leave()
         self._head_is_there()
         self._writes.stop()
         self._half_close.stop()
@@ -300,6 +313,8 @@ class Connection(HttpToolsProtocol):
         request_id = uuid.uuid4().hex
         body = json.dumps(error_body(RequestError(code, sentence), request_id)).encode()
         headers = [(b"content-type", b"application/json"), (b"x-request-id", request_id.encode())]
+        if code == "overloaded":
+            headers.append((b"retry-after", b"1"))
         if code == "method_not_allowed":
             headers.append((b"allow", b"GET, HEAD, POST, PUT, DELETE"))
         self._answer(Refusal(STATUS[code], headers, body), keep=False)

@@ -168,7 +168,7 @@ DOCUMENTS: list[Document] = []  # one: it is the same of every server
 def document_of(url: str) -> Document:
     """The OpenAPI document, asked for once."""
     if not DOCUMENTS:
-        DOCUMENTS.append(Document(httpx.get(f"{url}/openapi.json").json()))
+        DOCUMENTS.append(Document(httpx.get(f"{url}/openapi.json", timeout=60).json()))
     return DOCUMENTS[0]
 
 

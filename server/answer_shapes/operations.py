@@ -23,8 +23,24 @@ class UnservedFile(BaseModel):
     reason: str
 
 
+class StorageFault(BaseModel):
+    """Why uploads are refused now."""
+
+    code: Literal["read_only", "storage_full"] = Field(description="The code that uploads get.")
+    message: str
+
+
+class Storage(BaseModel):
+    """Whether the data folder takes writes; it is looked at every five seconds."""
+
+    uploads: bool = Field(description="Whether uploads are taken.")
+    fault: StorageFault | None
+    reserve_bytes: int = Field(description="Kept back for deletes on a full disk; 0: given up.")
+
+
 class ReadinessDetails(BaseModel):
-    unusable_files: int = Field(description="Files of the adapter folder that are not served.")
+    storage: StorageFault = sometimes("Only while the data folder takes no uploads.")
+    unusable_files: int = sometimes("How many files of the adapter folder are not served.")
     unusable: list[UnservedFile] = sometimes("Those files; only on a server without keys.")
 
 
@@ -32,7 +48,7 @@ class Readiness(BaseModel):
     """The server takes traffic."""
 
     status: Literal["ready"]
-    details: ReadinessDetails = sometimes("Only where there are files that are not served.")
+    details: ReadinessDetails = sometimes("Only where something is not served or not taken.")
 
 
 class BackboneHeads(BaseModel):
@@ -77,6 +93,7 @@ class Info(TeiInfo):
     adapters: int = Field(description="How many are registered, of those that the key may see.")
     slots: PoolStats = sometimes("Left out for a key that is limited to some adapters.")
     leases: int = Field(description="Adapter versions that requests hold now, of the same ones.")
+    storage: Storage
     limits: Limits
 
 

@@ -10,6 +10,7 @@ main = click.version_option(__version__)(
         help="One resident trunk, thousands of adapters.",
         members={
             "adapters": "server.cli.adapters:adapters",
+            "backup": "server.cli.backup:backup",
             "bench": "server.cli.bench:bench",
             "calibrate": "server.cli.calibrate:calibrate",
             "classify": "server.cli.inference:classify",
@@ -19,6 +20,7 @@ main = click.version_option(__version__)(
             "info": "server.cli.info:info",
             "keys": "server.cli.keys:keys",
             "recover": "server.cli.recover:recover",
+            "restore": "server.cli.backup:restore",
             "serve": "server.cli.serve:serve",
             "train": "server.cli.train:train_",
         },

@@ -24,6 +24,7 @@ from server.cli.banner import MAX_NAMES, facts, print_banner
 from server.cli.listener import is_loopback, listen, removed_at_end, url_of
 from server.cli.trunk_folder import TrunkFolder
 from server.connection import BoundedReads
+from server.descriptors import connection_bound
 from server.keys import BadKeys, KeyRing
 from server.logs import announce, configure_logs
 from server.settings import BYTES, LISTS, BadSettings, Settings, load_settings, service_links
@@ -93,7 +94,9 @@ def _serve(backbone: Path | None, config: Path | None, **flags: Any) -> None:
             direct(app),
             host=settings.host,
             port=settings.port,
-            http=partial(BoundedReads, shed=app.state.shed),  # type: ignore[arg-type]
+            http=partial(  # type: ignore[arg-type]
+                BoundedReads, shed=app.state.shed, bound=connection_bound()
+            ),
             ws="none",
             log_config=None,
             access_log=False,

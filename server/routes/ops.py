@@ -37,7 +37,24 @@ async def ready(request: Request) -> Response:
         raise Draining("the server is stopping")
     if not state_of(request).engine.ready:
         raise NotReady("the engine is not running, or stuck")
-    return JSONAnswer({"status": "ready"} | _unusable(request))
+    details = _unusable(request) | _storage_fault(request)
+    return JSONAnswer({"status": "ready"} | ({"details": details} if details else {}))
+
+
+def _storage(request: Request) -> dict[str, Any]:
+    library = state_of(request).library
+    fault = library.disk.fault
+    return {
+        "uploads": fault is None,
+        "fault": None if fault is None else asdict(fault),
+        "reserve_bytes": library.reserve.size if library.reserve.whole else 0,
+    }
+
+
+def _storage_fault(request: Request) -> dict[str, Any]:
+    """What keeps the data folder from being written; reads are served meanwhile."""
+    fault = state_of(request).library.disk.fault
+    return {} if fault is None else {"storage": asdict(fault)}
 
 
 def _unusable(request: Request) -> dict[str, Any]:
@@ -50,7 +67,7 @@ def _unusable(request: Request) -> dict[str, Any]:
     if not request.app.state.keys.configured:
         listed = unusable[:MAX_LISTED]
         details["unusable"] = [{"file": each.file, "reason": each.reason} for each in listed]
-    return {"details": details}
+    return details
 
 
 @router.get(
@@ -104,6 +121,7 @@ async def info(request: Request) -> Response:
             "dtype": state.dtype,
             "device": state.device,
             "operators": state.operators,
+            "storage": _storage(request),
             "limits": limits | {"block_size": backbone.config.block_size},
         }
         | await _adapter_counts(request)

@@ -98,7 +98,7 @@ async def unpin(request: Request, name: str) -> Response:
     | ok(Verified, says.VERIFIED_EXAMPLE, says="Every file was hashed."),
 )
 async def verify(request: Request, name: str) -> Response:
-    """Hash the stored files of all versions again."""
+    """Hash the stored files of all versions again; one that is sound again is served again."""
     state = state_of(request)
     check_name(name)
     named = await state.admin.call(request, state.library.registry.named, name)

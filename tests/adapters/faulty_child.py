@@ -9,10 +9,11 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from adapters.errors import ReadOnly, StorageFull
+from adapters.errors import ReadOnly, StorageFull, Unreadable, Unwritten
 from adapters.library import Library, Upload
 from adapters.slots import SlotPool
 from model.checkpoint import read_backbone
@@ -21,7 +22,7 @@ from model.encoder import Encoder
 OPERATIONS = ("put a 0", "put a 1", "point a 1", "put b 2", "delete a 1", "put a 2", "delete b")
 
 
-def open_library(folder: Path, backbone_folder: Path) -> Library:
+def open_library(folder: Path, backbone_folder: Path, **options: Any) -> Library:
     backbone = read_backbone(backbone_folder)
     encoder = Encoder(backbone.config, backbone.tensors)
 
@@ -31,7 +32,7 @@ def open_library(folder: Path, backbone_folder: Path) -> Library:
             backbone.config, torch.float32, cpu, capacity_bytes=1 << 20, max_slots=0, read=read
         )
 
-    return Library(folder, backbone, encoder, pool)
+    return Library(folder, backbone, encoder, pool, **options)
 
 
 def operate(library: Library, operation: str, files: list[bytes]) -> None:
@@ -52,7 +53,7 @@ def operate(library: Library, operation: str, files: list[bytes]) -> None:
 def outcome(action: Callable[[], object]) -> str:
     try:
         action()
-    except (ReadOnly, StorageFull) as error:
+    except (ReadOnly, StorageFull, Unreadable, Unwritten) as error:
         return type(error).__name__
     except Exception as error:
         return f"unexpected {type(error).__name__}: {error}"

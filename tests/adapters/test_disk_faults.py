@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY, random_adapter
-from faulty_child import OPERATIONS, open_library
+from faulty_child import OPERATIONS, open_library, operate
 from registry_model import Name
 
 from adapters.format import adapter_bytes, parse_adapter
@@ -31,6 +31,17 @@ POINTS = [
     (call, error, n)
     for call, most in CALLS.items()
     for error in ("EIO", "ENOSPC")
+    for n in range(1, most + 1)
+]
+
+# Calls that a start and a load make to files of the data folder, and how many in all.
+READS = {"openat": 60, "pread64": 40, "read": 24, "newfstatat": 60, "mmap": 12, "flock": 1}
+READ_ERRORS = ("EMFILE", "EIO", "EACCES", "ENOMEM", "EINTR")
+SHORT_READS = [("pread64", "EIO", 3), ("read", "EIO", 1)]  # at the start, and at a load
+READ_POINTS = [
+    (call, error, n)
+    for call, most in READS.items()
+    for error in READ_ERRORS
     for n in range(1, most + 1)
 ]
 
@@ -121,6 +132,51 @@ def test_a_failing_disk_loses_nothing_acknowledged_and_keeps_no_half(
         live = {d for versions, _ in found.values() for d in versions.values()}
         on_disk = {f"sha256:{p.name}" for p in library.store.folder.iterdir() if p.is_file()}
         assert on_disk == live
+    finally:
+        library.close()
+
+
+@pytest.fixture(scope="module")
+def stored(
+    tiny_backbone: Path, files: list[Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A data folder with the names a and b."""
+    folder = tmp_path_factory.mktemp("stored") / "data"
+    library = open_library(folder, tiny_backbone)
+    try:
+        for operation in ("put a 0", "put b 1"):
+            operate(library, operation, [path.read_bytes() for path in files])
+    finally:
+        library.close()
+    return folder
+
+
+@pytest.mark.parametrize(("call", "error", "n"), READ_POINTS if EVERY else SHORT_READS)
+def test_a_failing_read_is_no_damage_and_passes(
+    tiny_backbone: Path, tmp_path: Path, stored: Path, call: str, error: str, n: int
+) -> None:
+    """The nth call on the data folder fails, at the start or at a load; the next one works."""
+    folder = tmp_path / "data"
+    shutil.copytree(stored, folder)
+    child = [sys.executable, Path(__file__).parent / "reading_child.py"]
+    paths = [folder, *folder.rglob("*")]
+    watched = [part for path in paths for part in ("-P", str(path))]
+    for extra in ("registry.sqlite-wal", "registry.sqlite-shm"):
+        watched += ["-P", str(folder / extra)]
+    inject = f"inject={call}:error={error}:when={n}"
+    trace = ["strace", "-f", "--seccomp-bpf", "-o", tmp_path / "trace", *watched, "-e", inject]
+    outcomes = run_child([*trace, *child, folder, tiny_backbone, "a", "b"])
+    bad = {turn: told for turn, told in outcomes.items() if "unexpected" in told}
+    assert not bad
+    faults = [turn for turn, told in outcomes.items() if told != "ok"]
+    assert len(faults) <= 1, outcomes
+    assert faults or EVERY, "the call was not made: no fault was injected"
+    assert all(outcomes[f"load again {name}"] == "ok" for name in "ab"), outcomes
+    library = open_library(folder, tiny_backbone)
+    try:
+        assert library.registry.damaged() == []
+        assert [named.name for named in library.registry.page()] == ["a", "b"]
+        assert not any(library.store.quarantine_folder.iterdir())
     finally:
         library.close()
 

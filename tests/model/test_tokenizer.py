@@ -187,8 +187,7 @@ LONG_TEXTS = ["to be or not " * 6000, "tobeornot" * 8000]
 
 
 @pytest.mark.parametrize("text", LONG_TEXTS)
-def test_the_head_of_a_long_text_has_the_first_tokens_of_the_whole(text: str) -> None:
-    """No more of the text is encoded than it takes."""
+def test_the_head_of_a_long_text_is_short_and_its_tokens_are_counted_as_far(text: str) -> None:
     head, whole = LEARNT.head(text, 300), LEARNT.encode(text).ids
     assert len(head) <= 65_536 < len(text)
     assert LEARNT.encode(head).ids[:300] == whole[:300]

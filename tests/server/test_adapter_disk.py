@@ -79,26 +79,55 @@ def test_a_full_disk_refuses_and_the_old_version_serves(
         assert adapters.embeddings("held@1") == answer
 
 
-def test_a_delete_on_a_full_disk_happens_or_changes_nothing(
+def assert_says(adapters: Adapters, code: str, words: str) -> None:
+    """/ready, /info and the log say what is off; the server takes traffic all the same."""
+    ready = adapters.client.get("/ready")
+    assert ready.status_code == 200
+    storage = ready.json()["details"]["storage"]
+    assert storage["code"] == code
+    assert words in storage["message"]
+    told = adapters.client.get("/info").json()["storage"]
+    assert told["fault"] == storage
+    assert not told["uploads"]
+    assert storage["message"] in adapters.served.log.read_text()
+
+
+def test_a_full_disk_takes_deletes_and_a_start_on_it_or_without_writes_serves(
     tiny_backbone: Path, serve: Serve, tmp_path: Path
 ) -> None:
     with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=2m", "tmpfs") as disk:
         with serving(serve, tiny_backbone, disk) as adapters:
-            adapters.put("held", adapters.file(1))
-            adapters.put("other", adapters.file(2))
+            for seed, name in enumerate(("held", "other", "kept")):
+                assert adapters.put(name, adapters.file(seed + 1)).status_code == 201
+            answer = adapters.embeddings("kept")
             leave_room(disk, 0)
-            before = adapters.stored()
-            deleted = adapters.client.delete("/adapters/held")
-            if deleted.status_code == 200:
-                assert_refused(adapters.client.get("/adapters/held"), 404, "adapter_not_found")
-            else:
-                assert_refused(deleted, 507, "storage_full")
-                assert adapters.stored() == before
-            state = adapters.stored()["adapters"]
-            (disk / "filler").unlink()
-        with serving(serve, tiny_backbone, disk) as again:
-            kept = [(row["name"], row["digest"]) for row in again.stored()["adapters"]]
-            assert kept == [(row["name"], row["digest"]) for row in state]
+            assert adapters.client.delete("/adapters/held").status_code == 200
+            assert_refused(adapters.client.get("/adapters/held"), 404, "adapter_not_found")
+        leave_room(disk, 0)
+        with serving(serve, tiny_backbone, disk) as adapters:
+            assert_says(adapters, "storage_full", "deletes work")
+            assert adapters.embeddings("kept") == answer
+            assert_refused(adapters.put("new", adapters.file(9)), 507, "storage_full")
+            assert adapters.client.delete("/adapters/other").status_code == 200
+        run("mount", "-o", "remount,ro", disk)
+        with serving(serve, tiny_backbone, disk) as adapters:
+            assert_says(adapters, "read_only", "restart the server when it does again")
+            assert adapters.embeddings("kept") == answer
+            client = adapters.client
+            for refused in (
+                adapters.put("new", adapters.file(9)),
+                client.delete("/adapters/kept"),
+                client.delete("/adapters/kept/versions/1"),
+                client.put("/adapters/kept/aliases/stable", json={"version": 1}),
+                client.post("/adapters/kept/pin"),
+            ):
+                assert_refused(refused, 503, "read_only")
+            assert not adapters.versions("other")
+        run("mount", "-o", "remount,rw", disk)
+        (disk / "filler").unlink()
+        with serving(serve, tiny_backbone, disk) as adapters:
+            assert "details" not in adapters.client.get("/ready").json()
+            assert adapters.put("new", adapters.file(9)).status_code == 201
 
 
 def break_disk(disk: Path) -> None:
