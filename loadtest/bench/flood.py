@@ -17,6 +17,7 @@ Writes OUT.md, the table, and OUT.svg. Latencies are the client's, from when a r
 
 import asyncio
 import itertools
+import math
 import random
 import re
 import tempfile
@@ -79,6 +80,9 @@ class Measured:
 
 
 def percentile(ascending: Sequence[float], percent: float) -> float:
+    """NaN where nothing was answered."""
+    if not ascending:
+        return math.nan
     return ascending[min(len(ascending) - 1, int(len(ascending) * percent / 100))]
 
 
@@ -166,7 +170,7 @@ async def _beside(
         adapters,
         Counter(each.answer.status for each in sent),
         sorted(each.seconds for each in sent if each.answer.status == 200),
-        seconds / batches,
+        seconds / batches if batches else window_s,  # one batch took longer than all of it
         statuses,
         tokens / window_s,
     )
