@@ -1,6 +1,5 @@
 """Every metric, declared once."""
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -88,6 +87,16 @@ class Ran:
     key: str = ""  # the API key's id; "" is everybody without one
 
 
+def _sums(rows: Sequence[Ran], by: Callable[[Ran], str]) -> dict[str, tuple[int, int]]:
+    """Rows and tokens by what `by` gives: a batch has many rows and few adapters and keys."""
+    sums: dict[str, tuple[int, int]] = {}
+    for row in rows:
+        name = by(row)
+        count, tokens = sums.get(name, (0, 0))
+        sums[name] = count + 1, tokens + row.tokens
+    return sums
+
+
 class Metrics:
     """One server's metrics, in a registry of their own."""
 
@@ -171,17 +180,11 @@ class Metrics:
         self.forward_seconds.observe(seconds)
         for row in rows:
             self.queue_seconds.observe(row.queue_s)
-            self.adapters.count(row.adapter, row.tokens)
-        self._count_keys(rows)
-
-    def _count_keys(self, rows: Sequence[Ran]) -> None:
-        used: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-        for row in rows:
-            if row.key:
-                used[row.key][0] += 1
-                used[row.key][1] += row.tokens
-        for key, (count, tokens) in used.items():
-            self.keys.ran(key, count, tokens)
+        for adapter, (count, its_tokens) in _sums(rows, lambda row: row.adapter).items():
+            self.adapters.count(adapter, count, its_tokens)
+        for key, (count, its_tokens) in _sums(rows, lambda row: row.key).items():
+            if key:
+                self.keys.ran(key, count, its_tokens)
 
     def request(
         self, route: str, status: int, seconds: float, code: str = "", key: str = ""

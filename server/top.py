@@ -131,9 +131,8 @@ class TopAdapters(Collector):
     def __init__(self, most: int = MOST, many: int = MANY) -> None:
         self.usage = Usage(2, most, many)
 
-    def count(self, name: str, tokens: int) -> None:
-        """One row."""
-        self.usage.count(name, 1, tokens)
+    def count(self, name: str, rows: int, tokens: int) -> None:
+        self.usage.count(name, rows, tokens)
 
     def collect(self) -> Iterator[Metric]:
         return self._families(self.usage.shown())

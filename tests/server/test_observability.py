@@ -60,7 +60,7 @@ def test_the_most_used_adapters_are_told_apart_and_no_series_goes_down() -> None
         for _ in range(100):
             name = f"adapter-{(dice.randrange(12) + round_ // 8) % 20}"
             tokens = dice.randrange(1, 9)
-            top.count(name, tokens)
+            top.count(name, 1, tokens)
             all_rows, all_tokens = all_rows + 1, all_tokens + tokens
         rows, ran = ({s.labels["adapter"]: s.value for s in m.samples} for m in top.collect())
         assert set(rows) == set(ran)
@@ -75,8 +75,8 @@ def test_memory_of_names_is_bounded_and_no_sum_changes_by_it() -> None:
     top = TopAdapters(most=5, many=40)
     rows_so_far = []
     for name in range(500):
-        top.count(f"short-{name}", 2)
-        top.count("long", 3)
+        top.count(f"short-{name}", 1, 2)
+        top.count("long", 1, 3)
         if name % 7 == 0:
             rows_so_far.append(sum(s.value for s in next(iter(top.collect())).samples))
     rows, tokens = (sum(s.value for s in m.samples) for m in top.collect())
@@ -91,10 +91,10 @@ def test_series_of_a_limited_key_do_not_depend_on_others_and_never_go_down() -> 
     for round_ in range(20):
         for name, rows in (("acme/a", 1), ("acme/b", 2), ("acme/c", round_)):
             for _ in range(rows):
-                top.count(name, 1)
-                alone.count(name, 1)
+                top.count(name, 1, 1)
+                alone.count(name, 1, 1)
         for other in range(round_):
-            top.count(f"zeta/{other}", 1)
+            top.count(f"zeta/{other}", 1, 1)
         own, same = (
             {s.labels["adapter"]: s.value for m in each for s in m.samples}
             for each in (
