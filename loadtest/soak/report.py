@@ -85,7 +85,8 @@ def picture(samples: Sequence[Sample], warm_s: float) -> str:
             axes.set_title(title)
             axes.set_xlabel("minutes")
             axes.set_ylim(bottom=0)
-            axes.legend(ncols=3, fontsize=7)
+            if columns:
+                axes.legend(ncols=3, fontsize=7)
 
     return svg("soak", draw, 5.6)
 
