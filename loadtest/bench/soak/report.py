@@ -10,8 +10,8 @@ from statistics import median
 import numpy as np
 from matplotlib.figure import Figure
 
+from loadtest.bench.soak.samples import Sample
 from loadtest.pictures import BLUE, GREEN, GREY, ORANGE, RED, VIOLET, svg
-from loadtest.soak.samples import Sample
 
 COLOURS = (BLUE, ORANGE, GREEN, RED, VIOLET, GREY)
 WINDOWS = 6  # of what comes after the warm-up: the first and the last are compared
