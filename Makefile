@@ -42,7 +42,7 @@ soak: setup ## 1,000 swaps under traffic, long state machines and fuzzing (about
 	FUZZ_EXAMPLES=20000 $(BIN)/python -m pytest tests/adapters/test_format.py
 
 soak-hour: setup ## an hour of swaps under traffic (SOAK_S seconds, SOAK_SWAPS a second): soak.csv, soak.svg, soak.md
-	$(BIN)/python -m loadtest.soak --out soak $(ARGS)
+	$(BIN)/python -m loadtest.bench.soak --out soak $(ARGS)
 
 FUZZ_S ?= 120
 

@@ -270,6 +270,9 @@ class Settings(BaseModel):
     )
 
 
+MAX_FILE_BYTES = 1 << 20
+
+
 class BadSettings(ValueError):
     """A setting that can't be, with the sentence for it."""
 
@@ -302,11 +305,17 @@ def load_settings(flags: dict[str, Any], file: Path | None = None) -> Settings:
 def _read(file: Path | None) -> dict[str, Any]:
     """Raises BadSettings for what is no TOML file."""
     try:
-        return tomllib.loads(file.read_text("utf-8")) if file else {}
+        if file is None:
+            return {}
+        if file.stat().st_size > MAX_FILE_BYTES:
+            raise BadSettings(f"settings file {file}: it has more than {MAX_FILE_BYTES} bytes")
+        return tomllib.loads(file.read_text("utf-8"))
     except OSError as error:
         raise BadSettings(f"settings file {file}: {error.strerror}") from error
-    except ValueError as error:
-        raise BadSettings(f"settings file {file}: {error}") from error
+    except BadSettings:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise BadSettings(f"settings file {file}: {str(error)[:300]}") from error
 
 
 def _fault(name: str, value: Any) -> str:

@@ -2,9 +2,9 @@
 
 from collections import Counter
 
-from loadtest.soak.fleet import Name
-from loadtest.soak.report import is_sound, picture, summary, trends
-from loadtest.soak.samples import Sample
+from loadtest.bench.soak.fleet import Name
+from loadtest.bench.soak.report import is_sound, picture, summary, trends
+from loadtest.bench.soak.samples import Sample
 
 
 def samples(growth_mb: float) -> list[Sample]:

@@ -116,6 +116,22 @@ def remove(name: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).unlink()
 
 
+def as_folder(name: str) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).mkdir()
+
+    return edit
+
+
+def cut(name: str, share: float) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[: int(share * len(data))])
+
+    return edit
+
+
 WTE = "transformer.wte.weight"
 REFUSED = {
     "unknown config key": (edit_config(lambda c: c.update(n_heads=2)), r"config\.json.*'n_heads'"),
@@ -124,6 +140,41 @@ REFUSED = {
     "config no object": (write("config.json", b"[]"), r"config\.json must hold a JSON object"),
     "config no JSON": (write("config.json", b"{"), r"config\.json is not JSON"),
     "config not UTF-8": (write("config.json", b'{"\xff": 1}'), r"config\.json is not JSON"),
+    "config nested deeply": (
+        write("config.json", b"[" * 100_000),
+        r"config\.json is not JSON: it is nested too deeply",
+    ),
+    "config too large": (
+        write("config.json", b" " * (2 << 20)),
+        r"config\.json has 2097152 bytes; such a file has at most",
+    ),
+    "config a folder": (as_folder("tokenizer.json"), r"tokenizer\.json is not a plain file"),
+    "a thousand unknown keys": (
+        edit_config(lambda c: c.update({f"key{n}" * 50: n for n in range(1000)})),
+        r"config\.json: unknown config key .{1,350} and 995 more$",
+    ),
+    "a number of 4,000 digits": (
+        edit_config(lambda c: c.update(n_layer=10**4000)),
+        r"config\.json: n_layer is too large a number",
+    ),
+    "a table of angles larger than any": (
+        edit_config(lambda c: c.update(block_size=1 << 20, n_embd=1 << 20)),
+        r"config\.json: block_size 1048576 times .* must be at most",
+    ),
+    "a billion token ids": (
+        edit_config(lambda c: c.update(vocab_size=10**9)),
+        r"backbone\.safetensors has \d+ bytes, and .* describes have at least 320000",
+    ),
+    "four thousand layers of none": (
+        edit_config(lambda c: c.update(n_layer=4000)),
+        r"backbone\.safetensors has \d+ bytes",
+    ),
+    "tensors cut off": (cut("backbone.safetensors", 0.9), r"backbone\.safetensors"),
+    "tensors cut in the header": (cut("backbone.safetensors", 0.02), r"backbone\.safetensors"),
+    "a header of 2^62 bytes": (
+        write("backbone.safetensors", (1 << 62).to_bytes(8, "little") + bytes(1 << 20)),
+        r"backbone\.safetensors is not a safetensors file: its header is too long",
+    ),
     "config missing": (
         remove("config.json"),
         r"not a backbone folder: its config\.json is missing",

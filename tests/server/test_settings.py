@@ -190,6 +190,45 @@ def test_a_bad_setting_ends_the_command_with_a_sentence_and_no_traceback(
     assert "Traceback" not in result.output
 
 
+@pytest.mark.parametrize("form", ["text", "json"])
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (RecursionError("maximum recursion depth exceeded"), "can't start: RecursionError"),
+        (PermissionError(13, "Permission denied", "/a/file"), "/a/file: Permission denied"),
+        (KeyError("ranks"), "can't start: KeyError"),
+    ],
+)
+def test_no_fault_of_a_start_ends_in_a_traceback(
+    error: Exception,
+    sentence: str,
+    form: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fails(settings: Settings) -> None:
+        raise error
+
+    monkeypatch.setattr("server.cli.serve.create_app", fails)
+    monkeypatch.setattr("server.cli.serve.configure_logs", lambda *_: None)
+    result = CliRunner().invoke(main, ["serve", "--log-format", form])
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)
+    said = caplog.text if form == "json" else result.output
+    assert sentence in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("text", ["a = " + "[" * 50_000, "#" * (2 << 20)], ids=["deep", "large"])
+def test_a_settings_file_that_is_deep_or_large_is_refused_by_name(
+    tmp_path: Path, text: str
+) -> None:
+    file = tmp_path / "deep.toml"
+    file.write_text(text)
+    with pytest.raises(BadSettings, match=r"settings file .*deep\.toml"):
+        load_settings({}, file)
+
+
 def test_bytes_may_have_units_as_a_flag_too() -> None:
     flags = ["--adapter-memory", "2GiB", "--max-adapter-bytes", "1 MiB"]
     given: dict[str, object] = {}

@@ -10,8 +10,8 @@ from statistics import median
 import numpy as np
 from matplotlib.figure import Figure
 
+from loadtest.bench.soak.samples import Sample
 from loadtest.pictures import BLUE, GREEN, GREY, ORANGE, RED, VIOLET, svg
-from loadtest.soak.samples import Sample
 
 COLOURS = (BLUE, ORANGE, GREEN, RED, VIOLET, GREY)
 WINDOWS = 6  # of what comes after the warm-up: the first and the last are compared
@@ -85,7 +85,8 @@ def picture(samples: Sequence[Sample], warm_s: float) -> str:
             axes.set_title(title)
             axes.set_xlabel("minutes")
             axes.set_ylim(bottom=0)
-            axes.legend(ncols=3, fontsize=7)
+            if columns:
+                axes.legend(ncols=3, fontsize=7)
 
     return svg("soak", draw, 5.6)
 

@@ -16,7 +16,9 @@ from loadtest.adapter_file import AdapterMaker
 SETS = 8  # of different weights; every file has bytes, and a digest, of its own
 MEANINGS = 16  # digests kept of a name, to judge answers that are on their way
 KEPT_VERSIONS = 3  # live versions of a name; older ones are deleted
-STEADY = 8  # names that live for the whole run and get a version again and again
+# Names that live for the whole run and get half of the new versions: few, so that what is kept of
+# their past is full within the warm-up.
+STEADY = 4
 
 
 @dataclass
@@ -129,8 +131,9 @@ class Fleet:
         return name if name.versions else None
 
     def to_change(self) -> Name | None:
-        """A live name that no upload is under way for."""
-        free = [name for name in (*self.steady, *self.passing) if not name.changing]
+        """A live name that no upload is under way for; a steady one half of the time."""
+        some = self.steady if self._dice.random() < 0.5 else self.passing
+        free = [name for name in some if not name.changing]
         return self._dice.choice(free) if free else None
 
     def oldest(self) -> Name | None:

@@ -1,6 +1,6 @@
 """Whether a server stays as it is while adapters come and go for an hour.
 
-    python -m loadtest.soak [--seconds 3600] [--swaps 2] [--rate 40] [--out soak]
+    python -m loadtest.bench.soak [--seconds 3600] [--swaps 2] [--rate 40] [--out soak]
 
 A server of its own, the demo trunk with keys, gets `rate` inference requests a second, each answer
 checked by the digest that it names and by its values; `swaps` uploads a second, half of them under
@@ -28,10 +28,10 @@ import click
 
 from loadtest.bench.client import on_loop
 from loadtest.bench.process import Running, cpu_seconds, trunkline
-from loadtest.soak.fleet import Files, Fleet
-from loadtest.soak.report import is_sound, picture, summary, write_csv
-from loadtest.soak.samples import Sample, Sampler
-from loadtest.soak.traffic import Traffic
+from loadtest.bench.soak.fleet import Files, Fleet
+from loadtest.bench.soak.report import is_sound, picture, summary, write_csv
+from loadtest.bench.soak.samples import Sample, Sampler
+from loadtest.bench.soak.traffic import Traffic
 from server.keys import new_key
 
 KEYS = 3  # for inference, beside the administrator's

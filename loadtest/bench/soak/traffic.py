@@ -12,8 +12,8 @@ import numpy as np
 
 from loadtest.bench.client import Answer
 from loadtest.bench.process import Running
-from loadtest.soak.fleet import KEPT_VERSIONS, Files, Fleet, Name
-from loadtest.soak.wire import OCTETS, Wire, request
+from loadtest.bench.soak.fleet import KEPT_VERSIONS, Files, Fleet, Name
+from loadtest.bench.soak.wire import OCTETS, Wire, request
 
 TEXTS = (
     "To be, or not to be: that is the question.",
