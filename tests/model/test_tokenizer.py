@@ -172,17 +172,6 @@ def test_what_stays_of_a_cut_text_is_as_in_the_whole(words: int, parts: tuple[in
     assert (cut.cut, whole.cut) == (True, False)
 
 
-@pytest.mark.parametrize(
-    "text", ["to be or not " * 20_000, "tobeornot" * 20_000, "to  be\n" * 30_000]
-)
-def test_the_head_of_a_long_text_has_the_first_tokens_of_the_whole(text: str) -> None:
-    """No more of the text is encoded than it takes."""
-    for most in (1, 300, 20_000):
-        head = LEARNT.head(text, most)
-        assert LEARNT.encode(head).ids[:most] == LEARNT.encode(text).ids[:most]
-    assert len(LEARNT.head(text, 1)) <= 65_536
-
-
 LONG_TEXTS = ["to be or not " * 6000, "tobeornot" * 8000]
 
 
