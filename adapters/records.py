@@ -5,7 +5,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-MOST_BYTES = 4 << 20  # of texts: some 5,000 adapters of usual size; parsed they are four times that
+MOST_BYTES = 512 << 10  # of texts: some 600 adapters of usual size; parsed they are four times that
 
 Parsed = TypeVar("Parsed")
 
