@@ -6,6 +6,7 @@ Opening a broken database for writing may remove what could still be read of it,
 import errno
 import os
 import sqlite3
+import stat
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ def inspect_registry(path: Path) -> RegistryState:
     try:
         state.mark = read_mark(mark_of(path))
     except OSError as error:
-        state.mark_fault = f"can't be read: {os.strerror(error.errno or 0)}"
+        state.mark_fault = f"can't be read: {error.strerror}"
     try:
         state.exists = _has_bytes(path)
         log_exists = _has_bytes(path.with_name(f"{path.name}-wal"))
@@ -54,17 +55,20 @@ def inspect_registry(path: Path) -> RegistryState:
     except OSError as error:
         state.exists = True
         name = Path(error.filename or path).name
-        state.fault = f"can't be read: {name}: {os.strerror(error.errno or 0)}"
+        state.fault = f"can't be read: {name}: {error.strerror}"
     return state
 
 
 def _has_bytes(path: Path) -> bool:
     try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "Is a directory", str(path))
-        return path.stat().st_size > 0
+        status = path.stat()
     except FileNotFoundError:
         return False
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is not a plain file", str(path))
+    return status.st_size > 0
 
 
 def _fault_of(path: Path, state: RegistryState) -> str | None:
