@@ -11,13 +11,23 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapters.errors import RegistryLost
+from adapters import readonly
+from adapters.errors import ReadOnly, RegistryLost
 from adapters.inventory import Unnamed, unnamed_files
 from adapters.mark import mark_of, read_mark
 from adapters.store import BlobStore
 from adapters.versions import parse_record
 
 MAGIC = b"SQLite format 3\0"
+_REFUSALS = frozenset(
+    {
+        sqlite3.SQLITE_CANTOPEN,
+        sqlite3.SQLITE_READONLY,
+        sqlite3.SQLITE_PERM,
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_IOERR,  # of a full disk, when the index of the log is made beside the file
+    }
+)
 TABLES = {"blobs", "versions", "pointers", "audit"}
 
 
@@ -80,8 +90,22 @@ def _fault_of(path: Path, state: RegistryState) -> str | None:
             return _broken(connection, state)
     except sqlite3.DatabaseError as error:
         if is_refusal_of_the_disk(error):
-            return None if _takes_no_writes(path) else f"can't be opened: {error}"
+            return _fault_of_copy(path, state, error)
         return f"is broken: {error}"
+
+
+def _fault_of_copy(path: Path, state: RegistryState, refusal: sqlite3.DatabaseError) -> str | None:
+    """SQLite needs room beside a file to read it, which a full disk does not have."""
+    try:
+        with (
+            readonly.copy_registry(path) as folder,
+            closing(read_only(Path(folder) / path.name)) as connection,
+        ):
+            return _broken(connection, state)
+    except sqlite3.DatabaseError as error:
+        return f"is broken: {error}"
+    except ReadOnly:
+        return None if _takes_no_writes(path) else f"can't be opened: {refusal}"
 
 
 def read_only(path: Path) -> sqlite3.Connection:
@@ -93,7 +117,7 @@ def read_only(path: Path) -> sqlite3.Connection:
 def is_refusal_of_the_disk(error: sqlite3.DatabaseError) -> bool:
     """Whether the file can't be opened here, which says nothing about its content."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-    return code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM)
+    return code in _REFUSALS
 
 
 def _takes_no_writes(path: Path) -> bool:

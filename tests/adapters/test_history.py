@@ -113,7 +113,7 @@ def test_a_registry_of_before_is_taken_over_with_its_files_and_its_numbers(
 def test_parsed_records_are_bounded_by_bytes_and_usage_by_names() -> None:
     parsed = ParsedTexts(len, most_bytes=100)
     assert [parsed("x" * size) for size in (60, 30, 60, 50, 1000)] == [60, 30, 60, 50, 1000]
-    assert len(parsed) == 0
+    assert len(parsed) == 1
     assert parsed("y" * 90) == parsed("y" * 90) == 90
     assert len(parsed) == 1
     book = UsageBook(most=2)
