@@ -54,8 +54,12 @@ class Database:
             connection = sqlite3.connect(
                 self._path, isolation_level=None, timeout=30, check_same_thread=False
             )
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = FULL")
+            try:
+                connection.execute("PRAGMA journal_mode = WAL")
+                connection.execute("PRAGMA synchronous = FULL")
+            except BaseException:
+                connection.close()
+                raise
             self._local.connection = connection
             self._connections.append(connection)
         return connection
