@@ -11,7 +11,7 @@ import sqlite3
 import tarfile
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -33,6 +33,7 @@ from adapters.backup_format import (
     in_memory,
     sync_folder,
 )
+from adapters.mark import mark_of
 
 SNAPSHOTS = 20  # deletes between a snapshot and the copy of a file; then the disk is at fault
 LIVE = """SELECT DISTINCT b.digest, b.bytes FROM blobs b JOIN versions v ON v.digest = b.digest
@@ -77,13 +78,25 @@ def back_up(wanted: Wanted, out: Path) -> Manifest:
 
 
 def _trunks(wanted: Wanted) -> list[Path]:
-    found = sorted(path.parent for path in wanted.data.glob(f"*/{REGISTRY}"))
+    """The trunks' folders. Raises BackupRefused for one that has lost its registry."""
+    traces = (REGISTRY, mark_of(Path(REGISTRY)).name, f"{BLOBS}/{'[0-9a-f]' * 64}")
+    found = sorted(folder for folder in wanted.data.glob("*/") if _has_any(folder, traces))
     if wanted.trunk is not None:
         found = [folder for folder in found if folder.name == wanted.trunk]
     if not found:
         which = f"trunk folder {wanted.trunk}" if wanted.trunk else "trunk folder"
         raise BackupRefused(f"{wanted.data} has no {which} with a {REGISTRY} in it")
+    lost = next((folder for folder in found if not (folder / REGISTRY).exists()), None)
+    if lost is not None:
+        raise BackupRefused(
+            f"{lost / REGISTRY} is missing, so this trunk can't be backed up: `trunkline recover "
+            f"{lost}` shows what is left, and --trunk NAME backs up another one alone"
+        )
     return found
+
+
+def _has_any(folder: Path, patterns: Iterable[str]) -> bool:
+    return any(next(folder.glob(pattern), None) is not None for pattern in patterns)
 
 
 @contextmanager

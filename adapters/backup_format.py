@@ -26,8 +26,10 @@ MANIFEST, KEYS, REGISTRY, BLOBS = "backup.json", "keys.json", "registry.sqlite",
 TAR = ".tar"
 MAX_MANIFEST_BYTES = 256 << 20  # 1,000,000 files have some 150 MB
 _CHUNK = 1 << 20
-_TRUNK = r"[A-Za-z0-9._-]{1,255}"
-_NAME = re.compile(rf"{KEYS}|(?!\.\.?/){_TRUNK}/({re.escape(REGISTRY)}|{BLOBS}/[0-9a-f]{{64}})")
+# A trunk's folder has the name of its backbone's folder in it, which may be any; a name with bytes
+# that are not UTF-8 has them as surrogates, as os.fsdecode makes them.
+_TRUNK = r"(?!\.\.?/)[^/\0]{1,255}"
+_NAME = re.compile(rf"{KEYS}|{_TRUNK}/({re.escape(REGISTRY)}|{BLOBS}/[0-9a-f]{{64}})")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 

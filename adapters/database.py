@@ -16,14 +16,33 @@ class Database:
     Reads raise Unreadable where the disk refuses; writes StorageFull, ReadOnly or Unwritten.
     """
 
-    def __init__(self, path: Path, schema: str, admit_write: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        schema: str,
+        prepare: Callable[[sqlite3.Connection], None],
+        admit_write: Callable[[], None],
+    ) -> None:
+        """`prepare` completes a file of an older release, in the transaction of the schema. Both
+        run where `admit_write` raises too: the file is a copy then.
+        """
         self._path = path
         self._admit_write = admit_write
         self._local = threading.local()
         self._connections: list[sqlite3.Connection] = []
         self._writing = threading.RLock()
         with writing_registry(path.parent):
-            self._connection().executescript(f"BEGIN IMMEDIATE; {schema} COMMIT;")
+            try:
+                self._begin(schema, prepare)
+            except BaseException:
+                self.close()  # an open transaction would lock out who tries again
+                raise
+
+    def _begin(self, schema: str, prepare: Callable[[sqlite3.Connection], None]) -> None:
+        connection = self._connection()
+        connection.executescript(f"BEGIN IMMEDIATE; {schema}")
+        prepare(connection)
+        connection.execute("COMMIT")
 
     def close(self) -> None:
         for connection in self._connections:
@@ -35,8 +54,12 @@ class Database:
             connection = sqlite3.connect(
                 self._path, isolation_level=None, timeout=30, check_same_thread=False
             )
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = FULL")
+            try:
+                connection.execute("PRAGMA journal_mode = WAL")
+                connection.execute("PRAGMA synchronous = FULL")
+            except BaseException:
+                connection.close()
+                raise
             self._local.connection = connection
             self._connections.append(connection)
         return connection

@@ -24,9 +24,10 @@ def prepare(connection: sqlite3.Connection) -> None:
 
     Runs within a transaction, and changes nothing the second time.
     """
-    if connection.execute("SELECT 1 FROM floors LIMIT 1").fetchone():
+    if connection.execute("SELECT count(*) FROM floors").fetchone()[0] >= BUCKETS:
         return
-    connection.executemany("INSERT INTO floors VALUES (?, 0, 0)", ((n,) for n in range(BUCKETS)))
+    floors = ((bucket,) for bucket in range(BUCKETS))
+    connection.executemany("INSERT OR IGNORE INTO floors VALUES (?, 0, 0)", floors)
     connection.execute(
         """INSERT OR IGNORE INTO deleted_names (name) SELECT name FROM versions GROUP BY name
         HAVING count(deleted_at) = count(*) ORDER BY max(deleted_at)"""
@@ -59,10 +60,14 @@ def added(connection: sqlite3.Connection, name: str) -> None:
 def removed(connection: sqlite3.Connection, name: str) -> None:
     """Versions of the name were deleted, perhaps all."""
     _trim_name(connection, name)
-    live = "SELECT 1 FROM versions WHERE name = ? AND deleted_at IS NULL LIMIT 1"
-    if connection.execute(live, (name,)).fetchone() is None:
+    if not _is_live(connection, name):
         connection.execute("INSERT OR IGNORE INTO deleted_names (name) VALUES (?)", (name,))
         _fold_oldest(connection)
+
+
+def _is_live(connection: sqlite3.Connection, name: str) -> bool:
+    live = "SELECT 1 FROM versions WHERE name = ? AND deleted_at IS NULL LIMIT 1"
+    return connection.execute(live, (name,)).fetchone() is not None
 
 
 def last_number(connection: sqlite3.Connection, name: str) -> int:
@@ -99,6 +104,9 @@ def _fold_oldest(connection: sqlite3.Connection) -> None:
         "SELECT name FROM deleted_names ORDER BY id DESC LIMIT -1 OFFSET ?", (DELETED_NAMES,)
     ).fetchall()
     for (name,) in oldest:
+        if _is_live(connection, name):  # uploaded by an older release, which has no such table
+            added(connection, name)
+            continue
         connection.execute(
             """UPDATE floors SET number = max(number, (
                 SELECT coalesce(max(number), 0) FROM versions WHERE name = ?1)),

@@ -6,13 +6,13 @@ Taking one changes nothing.
 import os
 import re
 import stat
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from adapters.errors import Unreadable
 from adapters.soundness import digest_of
-from adapters.store import Blob, BlobStore
+from adapters.store import Blob, BlobStore, entries_of
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -39,7 +39,7 @@ class Inventory:
 def unnamed_files(store: BlobStore, digests: Collection[str]) -> Unnamed:
     """`digests` are those of the registry's rows. Raises Unreadable for a folder."""
     try:
-        twins = _Twins(_files_in(store.incoming_folder))
+        twins = _Twins(filter(_is_plain_file, entries_of(store.incoming_folder)))
         entries = [each for each in store.entries() if f"sha256:{each.name}" not in digests]
     except OSError as error:
         sentence = f"{error.filename} can't be read: {error.strerror}"
@@ -102,10 +102,6 @@ class _Twins:
         if any(os.path.samestat(status, other) for _, other in same_size):
             return True
         return any(_digest(file) == f"sha256:{entry.name}" for file, _ in same_size)
-
-
-def _files_in(folder: Path) -> Iterator[Path]:
-    return (entry for entry in folder.iterdir() if _is_plain_file(entry))
 
 
 def _is_plain_file(path: Path) -> bool:

@@ -170,10 +170,11 @@ class Library:
         record = self._examine(upload, incoming.read())
         incoming.sync()
         previous = self._current_digest(upload.name)
+        sound = self.store.look_at(incoming.digest)
         try:
             with self.registry.writing() as connection:
                 self.registry.check_condition(upload.name, upload.condition)
-                blob = self.store.publish(incoming, self.registry.stored_bytes())
+                blob = self.store.publish(incoming, self.registry.stored_bytes(), sound)
                 number, is_new = self.registry.add(
                     connection, upload.name, blob, record, upload.who, upload.activate
                 )

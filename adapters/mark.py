@@ -3,8 +3,10 @@
 A registry that was lost, cut, or replaced by an older copy has a lower number than its mark.
 """
 
+import errno
 import logging
 import os
+import stat
 import threading
 import zlib
 from pathlib import Path
@@ -26,9 +28,13 @@ def read_mark(path: Path) -> int | None:
     Raises OSError where the file is there and can't be read.
     """
     try:
-        data = path.read_bytes()
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # a pipe would be waited for for ever
+            raise OSError(errno.EINVAL, "it is not a plain file", str(path))
+        data = file.read(SLOT * SLOTS)
     numbers = (_number(data[at * SLOT : (at + 1) * SLOT]) for at in range(SLOTS))
     return max((number for number in numbers if number is not None), default=None)
 

@@ -9,11 +9,13 @@ import shutil
 import sqlite3
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from adapters import history, pin_table
 from adapters.inventory import Unnamed, unnamed_files
 from adapters.mark import mark_of
 from adapters.opening import lock_folder
@@ -29,7 +31,17 @@ COLUMNS = {
     "versions": ("name", "number", "digest", "created_at", "deleted_at"),
     "pointers": ("name", "alias", "number", "previous", "generation"),
     "audit": ("id", "at", "who", "action", "name", "detail"),
+    "deleted_names": ("id", "name"),
+    "floors": ("bucket", "number", "generation"),
+    "folder_files": ("name", "digest"),
+    "pins": ("name", "number", "key", "at"),
+    "commits": ("one", "number"),
 }
+
+
+Rows = dict[str, list[tuple[object, ...]]]  # by table
+
+REQUIRED = ("blobs", "versions", "pointers", "audit")  # the other tables came later
 
 
 @dataclass
@@ -59,7 +71,7 @@ class Findings:
             yield f"{mark_of(path)} {self.state.mark_fault}"
         if self.state.missing_commits and not self.state.fault:
             yield f"{self.state.missing_commits} acknowledged changes are missing from it"
-        if self.files.unknown:
+        if self.files.unknown and not self.state.fault:
             yield f"{len(self.files.unknown)} adapter files have no row in it"
 
 
@@ -90,7 +102,8 @@ def accept_loss(folder: Path) -> list[str]:
 
 def _recover(found: Findings) -> Iterator[str]:
     path, store = found.folder / "registry.sqlite", BlobStore(found.folder / "blobs")
-    aside = path.with_name(f"{path.name}.lost-{time.strftime('%Y%m%d-%H%M%S')}")
+    now = time.strftime("%Y%m%d-%H%M%S")
+    aside = path.with_name(f"{path.name}.lost-{now}-{uuid.uuid4().hex[:4]}")
     if found.state.fault:
         yield from _begin_again(path, aside)
     else:
@@ -123,38 +136,63 @@ def _keep_a_copy(path: Path, aside: Path) -> Iterator[str]:
 
 
 def _begin_again(path: Path, aside: Path) -> Iterator[str]:
-    """A new registry with the rows that can be read of the old one, which keeps another name."""
+    """A new registry with the rows that can be read of the old one, which keeps another name.
+
+    It is complete before the old one is renamed: a stop before that has changed nothing.
+    """
+    new = path.with_name(f"{aside.name}-new")
+    rows = _sound(_salvage(path))
+    _write(new, rows)
     for end in SIDE_FILES:
         yield from _rename(Path(f"{path}{end}"), Path(f"{aside}{end}"))
-    rows = _salvage(aside)
-    rows["blobs"] = [row for row in rows["blobs"] if is_record(row[3])]
-    digests = {row[0] for row in rows["blobs"]}
-    rows["versions"] = [row for row in rows["versions"] if row[2] in digests or row[4]]
+    os.rename(new, path)
     live = {(row[0], row[1]) for row in rows["versions"] if row[4] is None}
-    # A pointer to a version that is gone points to nothing: its generation stays.
-    rows["pointers"] = [
-        (name, alias, *(n if (name, n) in live else None for n in (number, previous)), generation)
-        for name, alias, number, previous, generation in rows["pointers"]
-    ]
-    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT;")
-        connection.execute("BEGIN IMMEDIATE")
-        for table, columns in COLUMNS.items():
-            marks = ", ".join("?" * len(columns))
-            connection.executemany(f"INSERT OR IGNORE INTO {table} VALUES ({marks})", rows[table])
-        connection.execute("COMMIT")
     yield f"{path} was begun with {len(live)} versions of {len({name for name, _ in live})} names"
 
 
-def _salvage(aside: Path) -> dict[str, list[tuple[object, ...]]]:
+def _sound(rows: Rows) -> Rows:
+    """Without rows that mean nothing, since those that they belong to are lost."""
+    blobs = [row for row in rows["blobs"] if is_record(row[3])]
+    digests = {row[0] for row in blobs}
+    versions = [row for row in rows["versions"] if row[2] in digests or row[4]]
+    live = {(row[0], row[1]) for row in versions if row[4] is None}
+    # A pointer to a version that is gone points to nothing: its generation stays.
+    pointers = [
+        (name, alias, *(n if (name, n) in live else None for n in (number, previous)), generation)
+        for name, alias, number, previous, generation in rows["pointers"]
+    ]
+    return rows | {"blobs": blobs, "versions": versions, "pointers": pointers}
+
+
+def _write(path: Path, rows: Rows) -> None:
+    """A registry without a log beside it, on the disk when this returns."""
+    pins = pin_table.SCHEMA if "pins" in rows else ""  # else PinTable makes it, of old pins
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.executescript(f"BEGIN IMMEDIATE; {SCHEMA} {history.SCHEMA} {pins}")
+        for table, found in rows.items():
+            marks = ", ".join("?" * len(COLUMNS[table]))
+            connection.executemany(f"INSERT OR REPLACE INTO {table} VALUES ({marks})", found)
+        history.prepare(connection)
+        connection.execute("COMMIT")
+
+
+def _salvage(path: Path) -> Rows:
     """What can be read, by table. Of a copy: SQLite removes the log of a file that is empty."""
     with tempfile.TemporaryDirectory(prefix="trunkline-recover-") as folder:
         copy = Path(folder) / "registry.sqlite"
         for end in SIDE_FILES:
             with suppress(OSError):
-                shutil.copyfile(f"{aside}{end}", f"{copy}{end}")
-        return {table: list(_readable_rows(copy, table)) for table in COLUMNS}
+                shutil.copyfile(f"{path}{end}", f"{copy}{end}")
+        tables = [*REQUIRED, *(table for table in COLUMNS if _has_table(copy, table))]
+        return {table: list(_readable_rows(copy, table)) for table in dict.fromkeys(tables)}
+
+
+def _has_table(path: Path, table: str) -> bool:
+    query = "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?"
+    with suppress(sqlite3.Error, OSError), closing(read_only(path)) as connection:
+        return connection.execute(query, (table,)).fetchone() is not None
+    return False
 
 
 def _readable_rows(path: Path, table: str) -> Iterator[tuple[object, ...]]:

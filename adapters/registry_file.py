@@ -6,17 +6,28 @@ Opening a broken database for writing may remove what could still be read of it,
 import errno
 import os
 import sqlite3
+import stat
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapters.errors import RegistryLost
+from adapters import readonly
+from adapters.errors import ReadOnly, RegistryLost
 from adapters.inventory import Unnamed, unnamed_files
 from adapters.mark import mark_of, read_mark
 from adapters.store import BlobStore
 from adapters.versions import parse_record
 
 MAGIC = b"SQLite format 3\0"
+_REFUSALS = frozenset(
+    {
+        sqlite3.SQLITE_CANTOPEN,
+        sqlite3.SQLITE_READONLY,
+        sqlite3.SQLITE_PERM,
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_IOERR,  # of a full disk, when the index of the log is made beside the file
+    }
+)
 TABLES = {"blobs", "versions", "pointers", "audit"}
 
 
@@ -42,7 +53,7 @@ def inspect_registry(path: Path) -> RegistryState:
     try:
         state.mark = read_mark(mark_of(path))
     except OSError as error:
-        state.mark_fault = f"can't be read: {os.strerror(error.errno or 0)}"
+        state.mark_fault = f"can't be read: {error.strerror}"
     try:
         state.exists = _has_bytes(path)
         log_exists = _has_bytes(path.with_name(f"{path.name}-wal"))
@@ -54,17 +65,20 @@ def inspect_registry(path: Path) -> RegistryState:
     except OSError as error:
         state.exists = True
         name = Path(error.filename or path).name
-        state.fault = f"can't be read: {name}: {os.strerror(error.errno or 0)}"
+        state.fault = f"can't be read: {name}: {error.strerror}"
     return state
 
 
 def _has_bytes(path: Path) -> bool:
     try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "Is a directory", str(path))
-        return path.stat().st_size > 0
+        status = path.stat()
     except FileNotFoundError:
         return False
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is not a plain file", str(path))
+    return status.st_size > 0
 
 
 def _fault_of(path: Path, state: RegistryState) -> str | None:
@@ -76,8 +90,22 @@ def _fault_of(path: Path, state: RegistryState) -> str | None:
             return _broken(connection, state)
     except sqlite3.DatabaseError as error:
         if is_refusal_of_the_disk(error):
-            return None if _takes_no_writes(path) else f"can't be opened: {error}"
+            return _fault_of_copy(path, state, error)
         return f"is broken: {error}"
+
+
+def _fault_of_copy(path: Path, state: RegistryState, refusal: sqlite3.DatabaseError) -> str | None:
+    """SQLite needs room beside a file to read it, which a full disk does not have."""
+    try:
+        with (
+            readonly.copy_registry(path) as folder,
+            closing(read_only(Path(folder) / path.name)) as connection,
+        ):
+            return _broken(connection, state)
+    except sqlite3.DatabaseError as error:
+        return f"is broken: {error}"
+    except ReadOnly:
+        return None if _takes_no_writes(path) else f"can't be opened: {refusal}"
 
 
 def read_only(path: Path) -> sqlite3.Connection:
@@ -89,7 +117,7 @@ def read_only(path: Path) -> sqlite3.Connection:
 def is_refusal_of_the_disk(error: sqlite3.DatabaseError) -> bool:
     """Whether the file can't be opened here, which says nothing about its content."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-    return code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM)
+    return code in _REFUSALS
 
 
 def _takes_no_writes(path: Path) -> bool:

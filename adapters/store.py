@@ -122,15 +122,30 @@ class BlobStore:
     def entries(self) -> Iterator[Path]:
         """All that is in the folder of published files. Raises OSError."""
         own = (self.incoming_folder, self.quarantine_folder)
-        return (entry for entry in self.folder.iterdir() if entry not in own)
+        return (entry for entry in entries_of(self.folder) if entry not in own)
 
-    def publish(self, incoming: Incoming, used_bytes: int) -> Blob:
+    def look_at(self, digest: str) -> os.stat_result | None:
+        """The status of the sound file of a digest; None where it is missing, unsound or unread.
+
+        For `publish`, so that a large file is not hashed while others wait to write.
+        """
+        path = self.path(digest)
+        with suppress(OSError):
+            status = path.lstat()
+            if fault_of(path, digest) is None:
+                return status
+        return None
+
+    def publish(
+        self, incoming: Incoming, used_bytes: int, sound: os.stat_result | None = None
+    ) -> Blob:
         """Give a synced upload its name in the store; `used_bytes` are those stored already.
 
         Within a write transaction of the registry. The upload keeps its name in `incoming/` until
         it is discarded, after the commit: a file in the store that no row names is known by it as
         an upload that was not acknowledged. A sound file of this digest stays, an unsound one is
-        put away. Raises StorageFull beyond the quota, StorageFull or ReadOnly as the disk says.
+        put away. It is hashed, unless it is as it was when `look_at` gave `sound`.
+        Raises StorageFull beyond the quota, StorageFull or ReadOnly as the disk says.
         """
         self._admit()
         path = self.path(incoming.digest)
@@ -139,7 +154,11 @@ class BlobStore:
             if self.quota and not was_there and used_bytes + incoming.bytes > self.quota:
                 # How much is used is a fact of all tenants together.
                 raise StorageFull(f"the file does not fit: the store may hold {self.quota} bytes")
-            if was_there and fault_of(path, incoming.digest) is not None:
+            if (
+                was_there
+                and not (sound and _is_untouched(path, sound))
+                and (fault_of(path, incoming.digest) is not None)
+            ):
                 self._put_away(path)
                 was_there = False
             if not was_there:
@@ -216,7 +235,7 @@ class BlobStore:
 
     def clear_incoming(self) -> None:
         """At start: remove the uploads that a stop cut off; what is no file is put away."""
-        for entry in self.incoming_folder.iterdir():
+        for entry in entries_of(self.incoming_folder):
             try:
                 if entry.is_dir() and not entry.is_symlink():
                     self._put_away(entry)
@@ -235,6 +254,17 @@ def _make_folder(folder: Path) -> None:
         raise ReadOnly(f"{folder} can't be made: {error.strerror}") from error
 
 
+def entries_of(folder: Path) -> Iterator[Path]:
+    """What is in a folder: nothing where it is missing, as on a disk that takes no writes.
+
+    Raises OSError.
+    """
+    try:
+        yield from folder.iterdir()
+    except FileNotFoundError:
+        return
+
+
 def _link(source: Path, target: Path) -> None:
     """A second name of a file; where the file system has no such thing, a copy. Raises OSError."""
     try:
@@ -248,6 +278,15 @@ def _link(source: Path, target: Path) -> None:
             written.flush()
             os.fsync(written.fileno())
         os.rename(copy, target)
+
+
+def _is_untouched(path: Path, before: os.stat_result) -> bool:
+    """Whether it is the same file, and neither its bytes nor its names were changed."""
+    now = path.lstat()
+    return os.path.samestat(now, before) and (
+        (now.st_size, now.st_mtime_ns, now.st_ctime_ns)
+        == (before.st_size, before.st_mtime_ns, before.st_ctime_ns)
+    )
 
 
 def _is_plain_file(path: Path) -> bool:

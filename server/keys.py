@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from adapters.backup_format import sync_folder
 from server.key_patterns import fault_of
 from server.keys_mark import note_keys
 
@@ -223,6 +224,8 @@ class KeyRing:
 def read_keys(path: Path) -> list[Key]:
     """Raises BadKeys."""
     try:
+        if path.exists() and not path.is_file():
+            raise BadKeys(f"keys file {path}: it is not a plain file")
         return _KEYS.validate_json(path.read_bytes())
     except FileNotFoundError:
         return []
@@ -284,3 +287,4 @@ def _replace(path: Path, keys: list[Key]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+    sync_folder(path.parent)  # else a power cut could bring a revoked key back

@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 
 from adapters import history
+from adapters.errors import ReadOnly
+from adapters.history import bucket_of
+from adapters.pin_table import PinTable
 from adapters.records import ParsedTexts
+from adapters.recovery import accept_loss, examine
 from adapters.registry import Registry
 from adapters.store import Blob
 from adapters.usage import UsageBook
@@ -110,10 +114,60 @@ def test_a_registry_of_before_is_taken_over_with_its_files_and_its_numbers(
     registry.close()
 
 
+def test_a_name_that_an_older_release_brought_back_is_not_dropped_with_the_deleted_ones(
+    registry: Registry,
+) -> None:
+    put(registry, "back")
+    registry.remove("back", None, "tests")
+    put(registry, "back")
+    with registry.writing() as connection:  # an older release has no such table
+        connection.execute("INSERT INTO deleted_names (name) VALUES ('back')")
+    for index in range(8):
+        put(registry, f"other-{index}")
+        registry.remove(f"other-{index}", None, "tests")
+    assert registry.exists("back")
+
+
+def test_a_copy_of_an_older_registry_is_completed_where_nothing_may_be_written(
+    tmp_path: Path,
+) -> None:
+    def refuse() -> None:
+        raise ReadOnly("no writes")
+
+    registry = Registry(tmp_path / "old.sqlite", refuse)
+    assert rows(registry)["floors"] == history.BUCKETS
+    registry.close()
+
+
+def test_recovery_keeps_pins_and_the_numbers_of_names_that_are_gone(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    path = tmp_path / "registry.sqlite"
+    registry = Registry(path)
+    put(registry, "a")
+    PinTable(registry).add(registry.read("a"), "key", "tests")
+    with registry.writing() as connection:
+        connection.execute("UPDATE floors SET number = 7 WHERE bucket = ?", (bucket_of("gone"),))
+    registry._database.rows("PRAGMA wal_checkpoint(TRUNCATE)")
+    query = "SELECT rootpage FROM sqlite_master WHERE name = 'audit_by_name'"
+    page = registry._database.rows(query)[0][0]
+    registry.close()
+    with path.open("r+b") as file:
+        file.seek((page - 1) * 4096)
+        file.write(b"\xff" * 200)
+    assert "is broken" in str(examine(tmp_path).state.fault)
+    accept_loss(tmp_path)
+    registry = Registry(path)
+    assert [(row.name, row.number, row.key) for row in PinTable(registry).rows()] == [
+        ("a", 1, "key")
+    ]
+    assert put(registry, "gone") == 8
+    registry.close()
+
+
 def test_parsed_records_are_bounded_by_bytes_and_usage_by_names() -> None:
     parsed = ParsedTexts(len, most_bytes=100)
     assert [parsed("x" * size) for size in (60, 30, 60, 50, 1000)] == [60, 30, 60, 50, 1000]
-    assert len(parsed) == 0
+    assert len(parsed) == 1
     assert parsed("y" * 90) == parsed("y" * 90) == 90
     assert len(parsed) == 1
     book = UsageBook(most=2)

@@ -19,6 +19,7 @@ from bad_files import set_bytes
 from click.testing import CliRunner
 from conftest import Serve, Served
 
+from adapters.registry import Registry
 from server.cli import main
 from server.keys import new_key
 
@@ -220,6 +221,24 @@ def test_a_backup_goes_on_with_a_new_snapshot_when_a_delete_took_a_file(
     names = {path.name for path in (tmp_path / "out").rglob("*")}
     assert names >= set(taken[1])
     trunkline("restore", tmp_path / "out", tmp_path / "again")
+
+
+def test_a_trunk_of_any_name_comes_back_and_one_without_its_registry_is_no_backup(
+    tmp_path: Path,
+) -> None:
+    trunk = tmp_path / "data" / "my trunk \u00fc-0123"
+    (trunk / "blobs").mkdir(parents=True)
+    Registry(trunk / "registry.sqlite").close()
+    for out in ("a.tar", "a"):
+        trunkline("backup", tmp_path / "data", tmp_path / out)
+        trunkline("restore", tmp_path / out, tmp_path / f"restored-{out}")
+        assert (tmp_path / f"restored-{out}" / trunk.name / "registry.sqlite").is_file()
+    lost = tmp_path / "data" / "lost" / "blobs"
+    lost.mkdir(parents=True)
+    (lost / ("0" * 64)).write_bytes(b"an adapter")
+    assert "lost/registry.sqlite is missing" in refused(
+        "backup", tmp_path / "data", tmp_path / "b.tar"
+    )
 
 
 def test_neither_command_imports_torch() -> None:
