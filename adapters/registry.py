@@ -318,23 +318,31 @@ class Registry:
                 condition.check(f"{name}@{number}", number, exists=True)
             else:
                 self.check_condition(name, condition)
-            for version in versions:
-                connection.execute(
-                    "UPDATE versions SET deleted_at = ? WHERE name = ? AND number = ?",
-                    (time.time(), name, version.number),
-                )
-                connection.execute(
-                    """UPDATE pointers SET number = NULL, previous = NULL,
-                    generation = generation + 1 WHERE name = ? AND number = ?""",
-                    (name, version.number),
-                )
-                connection.execute(
-                    "UPDATE pointers SET previous = NULL WHERE name = ? AND previous = ?",
-                    (name, version.number),
-                )
-                self._log(connection, who, "delete", name, version=version.number)
+            numbers = [version.number for version in versions]
+            self._tombstone(connection, name, numbers)
+            for each in numbers[-history.AUDIT_OF_NAME :]:  # more rows would not be kept
+                self._log(connection, who, "delete", name, version=each)
             history.removed(connection, name)
             return list(versions)
+
+    def _tombstone(self, connection: sqlite3.Connection, name: str, numbers: list[int]) -> None:
+        """A few statements whatever the count, since other writes wait for the transaction."""
+        of_them = (name, json.dumps(numbers))
+        connection.execute(
+            """UPDATE versions SET deleted_at = ?3
+            WHERE name = ?1 AND number IN (SELECT value FROM json_each(?2))""",
+            (*of_them, time.time()),
+        )
+        connection.execute(
+            """UPDATE pointers SET number = NULL, previous = NULL, generation = generation + 1
+            WHERE name = ?1 AND number IN (SELECT value FROM json_each(?2))""",
+            of_them,
+        )
+        connection.execute(
+            """UPDATE pointers SET previous = NULL
+            WHERE name = ?1 AND previous IN (SELECT value FROM json_each(?2))""",
+            of_them,
+        )
 
     def forget_blob(self, connection: sqlite3.Connection, digest: str) -> bool:
         """Drop a digest that no live version names; False where one does. Within `writing`."""

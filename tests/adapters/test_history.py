@@ -60,6 +60,29 @@ def test_a_name_that_comes_back_gets_no_number_and_no_generation_it_ever_had(
     assert pointer.generation > max(generations)
 
 
+def test_a_delete_takes_as_many_statements_for_many_versions_as_for_few(
+    registry: Registry,
+) -> None:
+    """The transaction keeps other tenants' writes waiting."""
+    counted = []
+    for count in (10, 100):
+        name = f"of-{count}"
+        for _ in range(count):
+            put(registry, name)
+        registry.point(name, "stable", 1, "tests")
+        registry.point(name, "stable", 2, "tests")
+        statements: list[str] = []
+        connection = registry._database._connection()
+        connection.set_trace_callback(statements.append)
+        assert len(registry.remove(name, None, "tests")) == count
+        connection.set_trace_callback(None)
+        counted.append(len(statements))
+        assert not registry.exists(name)
+        assert not registry._database.rows("SELECT 1 FROM pointers WHERE number OR previous")
+        assert len(registry.audit(name)) == history.AUDIT_OF_NAME
+    assert counted[0] == counted[1]
+
+
 def test_the_past_of_names_that_come_and_go_takes_no_more_rows(registry: Registry) -> None:
     put(registry, "stays")
     counted = []
