@@ -16,7 +16,7 @@ from adapters import history
 from adapters.conditions import UNCONDITIONAL, Condition
 from adapters.database import Database
 from adapters.errors import Damaged, NotFound, VersionNotFound
-from adapters.listing import Wanted, page_query
+from adapters.listing import Wanted, matching, page_query
 from adapters.mark import Mark, mark_of
 from adapters.names import CURRENT, check_alias, check_name, parse_reference, what_is_missing
 from adapters.resolved import Resolved
@@ -180,6 +180,14 @@ class Registry:
 
     def stored_bytes(self) -> int:
         total: int = self._rows("SELECT coalesce(sum(bytes), 0) FROM blobs")[0][0]
+        return total
+
+    def bytes_of(self, patterns: Sequence[str], but: str) -> int:
+        """The bytes of the files that names of these patterns have, `but` for one digest's."""
+        matches, values = matching(patterns)
+        query = f"""SELECT coalesce(sum(bytes), 0) FROM blobs WHERE digest != ? AND digest IN
+            (SELECT s.digest FROM versions s WHERE s.deleted_at IS NULL AND {matches})"""
+        total: int = self._rows(query, but, *values)[0][0]
         return total
 
     def damaged(self) -> set[str]:
