@@ -13,10 +13,18 @@ AUDIT_OF_NAME = 100  # audit rows kept of a name: as many as GET /adapters/{name
 TOMBSTONES_OF_NAME = 64  # deleted versions whose rows are kept
 DELETED_NAMES = 512  # the last ones deleted, whose rows are kept
 BUCKETS = 1024  # for the numbers of names deleted before those
+BUCKETS_OF_NAMESPACE = 64  # the same of the names of one namespace
+NAMESPACE_ROWS = 1 << 16  # of all namespaces; beyond, names are kept in the buckets for all
 
 
 def bucket_of(name: str) -> int:
     return zlib.crc32(name.encode()) % BUCKETS
+
+
+def namespace_bucket_of(name: str) -> tuple[str, int] | None:
+    """None of a name without a namespace."""
+    namespace, slash, rest = name.partition("/")
+    return (namespace, zlib.crc32(rest.encode()) % BUCKETS_OF_NAMESPACE) if slash else None
 
 
 def prepare(connection: sqlite3.Connection) -> None:
@@ -81,10 +89,51 @@ def last_generation(connection: sqlite3.Connection, name: str) -> int:
 
 
 def _floor(connection: sqlite3.Connection, name: str) -> tuple[int, int]:
-    row = connection.execute(
-        "SELECT number, generation FROM floors WHERE bucket = ?", (bucket_of(name),)
-    ).fetchone()
+    number, generation = _row(
+        connection, "SELECT number, generation FROM floors WHERE bucket = ?", bucket_of(name)
+    )
+    own = namespace_bucket_of(name)
+    if own is None:
+        return number, generation
+    query = "SELECT number, generation FROM namespace_floors WHERE namespace = ? AND bucket = ?"
+    own_number, own_generation = _row(connection, query, *own)
+    return max(number, own_number), max(generation, own_generation)
+
+
+def _row(connection: sqlite3.Connection, query: str, *values: object) -> tuple[int, int]:
+    row = connection.execute(query, values).fetchone()
     return (row[0], row[1]) if row else (0, 0)
+
+
+def _raise_floor(connection: sqlite3.Connection, name: str) -> None:
+    """The name's rows are about to be dropped.
+
+    A namespace has floors of its own: tenants would learn of each other by the numbers that their
+    new names begin with.
+    """
+    values = """(SELECT coalesce(max(number), 0) FROM versions WHERE name = ?1),
+        (SELECT coalesce(max(generation), 0) FROM pointers WHERE name = ?1)"""
+    more = """SET number = max(number, excluded.number),
+        generation = max(generation, excluded.generation)"""
+    own = namespace_bucket_of(name)
+    if own is not None and _has_room(connection, own):
+        connection.execute(
+            f"""INSERT INTO namespace_floors SELECT ?2, ?3, {values} WHERE true
+            ON CONFLICT (namespace, bucket) DO UPDATE {more}""",
+            (name, *own),
+        )
+    else:
+        connection.execute(
+            f"""INSERT INTO floors SELECT ?2, {values} WHERE true
+            ON CONFLICT (bucket) DO UPDATE {more}""",
+            (name, bucket_of(name)),
+        )
+
+
+def _has_room(connection: sqlite3.Connection, own: tuple[str, int]) -> bool:
+    count: int = connection.execute("SELECT count(*) FROM namespace_floors").fetchone()[0]
+    known = "SELECT 1 FROM namespace_floors WHERE namespace = ? AND bucket = ?"
+    return count < NAMESPACE_ROWS or connection.execute(known, own).fetchone() is not None
 
 
 def _trim_name(connection: sqlite3.Connection, name: str) -> None:
@@ -107,14 +156,7 @@ def _fold_oldest(connection: sqlite3.Connection) -> None:
         if _is_live(connection, name):  # uploaded by an older release, which has no such table
             added(connection, name)
             continue
-        connection.execute(
-            """UPDATE floors SET number = max(number, (
-                SELECT coalesce(max(number), 0) FROM versions WHERE name = ?1)),
-            generation = max(generation, (
-                SELECT coalesce(max(generation), 0) FROM pointers WHERE name = ?1))
-            WHERE bucket = ?2""",
-            (name, bucket_of(name)),
-        )
+        _raise_floor(connection, name)
         for table in ("versions", "pointers", "audit", "deleted_names"):
             connection.execute(f"DELETE FROM {table} WHERE name = ?", (name,))
 

@@ -15,6 +15,15 @@ CREATE TABLE IF NOT EXISTS floors (
     generation INTEGER NOT NULL
 );
 
+-- The same by namespace, so that no namespace's numbers are seen in another.
+CREATE TABLE IF NOT EXISTS namespace_floors (
+    namespace  TEXT NOT NULL,
+    bucket     INTEGER NOT NULL,
+    number     INTEGER NOT NULL,
+    generation INTEGER NOT NULL,
+    PRIMARY KEY (namespace, bucket)
+) WITHOUT ROWID;
+
 -- Files of the adapter folder that were published or found known: never published again.
 CREATE TABLE IF NOT EXISTS folder_files (
     name   TEXT NOT NULL,

@@ -4,7 +4,7 @@ Every operation either happened, and is on the disk, or changed nothing.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -49,6 +49,7 @@ class Upload:
     activate: bool = True
     allow_zero: bool = False
     condition: Condition = UNCONDITIONAL
+    patterns: Sequence[str] = ()  # of the names of the API key, if it is limited to some
 
 
 class Library:
@@ -174,7 +175,11 @@ class Library:
         try:
             with self.registry.writing() as connection:
                 self.registry.check_condition(upload.name, upload.condition)
-                blob = self.store.publish(incoming, self.registry.stored_bytes(), sound)
+                stored_bytes = self.registry.stored_bytes()
+                if upload.patterns:
+                    own = self.registry.bytes_of(upload.patterns, but=incoming.digest)
+                    self.store.check_share(own + incoming.bytes, stored_bytes)
+                blob = self.store.publish(incoming, stored_bytes, sound)
                 number, is_new = self.registry.add(
                     connection, upload.name, blob, record, upload.who, upload.activate
                 )

@@ -83,14 +83,19 @@ _NAMES = """SELECT DISTINCT s.name, {key} FROM versions s
 _KEYS: dict[Sort, str] = {"created": "v.created_at", "bytes": "b.bytes"}
 
 
+def matching(patterns: Sequence[str]) -> tuple[str, list[object]]:
+    """The SQL, and its values, of the condition that s.name matches one of these patterns."""
+    globs: list[object] = [pattern.replace("[!", "[^") for pattern in patterns]
+    return f"({' OR '.join(['s.name GLOB ?'] * len(globs))})", globs
+
+
 def page_query(wanted: Wanted) -> tuple[str, list[object]]:
     """The SQL, and its values, of the rows (name, key) of a page; for the counted sorts, of all.
 
     The key of the sort by name is 0.
     """
-    globs = [pattern.replace("[!", "[^") for pattern in wanted.patterns]
-    conditions = [f"({' OR '.join(['s.name GLOB ?'] * len(globs))})"]
-    values: list[object] = [*globs]
+    matches, values = matching(wanted.patterns)
+    conditions = [matches]
     if wanted.q:
         conditions.append(
             """(instr(s.name, ?) OR EXISTS (SELECT 1 FROM pointers a WHERE a.name = s.name

@@ -16,7 +16,7 @@ from adapters import history
 from adapters.conditions import UNCONDITIONAL, Condition
 from adapters.database import Database
 from adapters.errors import Damaged, NotFound, VersionNotFound
-from adapters.listing import Wanted, page_query
+from adapters.listing import Wanted, matching, page_query
 from adapters.mark import Mark, mark_of
 from adapters.names import CURRENT, check_alias, check_name, parse_reference, what_is_missing
 from adapters.resolved import Resolved
@@ -176,6 +176,14 @@ class Registry:
         total: int = self._rows("SELECT coalesce(sum(bytes), 0) FROM blobs")[0][0]
         return total
 
+    def bytes_of(self, patterns: Sequence[str], but: str) -> int:
+        """The bytes of the files that names of these patterns have, `but` for one digest's."""
+        matches, values = matching(patterns)
+        query = f"""SELECT coalesce(sum(bytes), 0) FROM blobs WHERE digest != ? AND digest IN
+            (SELECT s.digest FROM versions s WHERE s.deleted_at IS NULL AND {matches})"""
+        total: int = self._rows(query, but, *values)[0][0]
+        return total
+
     def damaged(self) -> set[str]:
         return {row[0] for row in self._rows("SELECT digest FROM blobs WHERE damaged")}
 
@@ -312,23 +320,31 @@ class Registry:
                 condition.check(f"{name}@{number}", number, exists=True)
             else:
                 self.check_condition(name, condition)
-            for version in versions:
-                connection.execute(
-                    "UPDATE versions SET deleted_at = ? WHERE name = ? AND number = ?",
-                    (time.time(), name, version.number),
-                )
-                connection.execute(
-                    """UPDATE pointers SET number = NULL, previous = NULL,
-                    generation = generation + 1 WHERE name = ? AND number = ?""",
-                    (name, version.number),
-                )
-                connection.execute(
-                    "UPDATE pointers SET previous = NULL WHERE name = ? AND previous = ?",
-                    (name, version.number),
-                )
-                self._log(connection, who, "delete", name, version=version.number)
+            numbers = [version.number for version in versions]
+            self._tombstone(connection, name, numbers)
+            for each in numbers[-history.AUDIT_OF_NAME :]:  # more rows would not be kept
+                self._log(connection, who, "delete", name, version=each)
             history.removed(connection, name)
             return list(versions)
+
+    def _tombstone(self, connection: sqlite3.Connection, name: str, numbers: list[int]) -> None:
+        """A few statements whatever the count, since other writes wait for the transaction."""
+        of_them = (name, json.dumps(numbers))
+        connection.execute(
+            """UPDATE versions SET deleted_at = ?3
+            WHERE name = ?1 AND number IN (SELECT value FROM json_each(?2))""",
+            (*of_them, time.time()),
+        )
+        connection.execute(
+            """UPDATE pointers SET number = NULL, previous = NULL, generation = generation + 1
+            WHERE name = ?1 AND number IN (SELECT value FROM json_each(?2))""",
+            of_them,
+        )
+        connection.execute(
+            """UPDATE pointers SET previous = NULL
+            WHERE name = ?1 AND previous IN (SELECT value FROM json_each(?2))""",
+            of_them,
+        )
 
     def forget_blob(self, connection: sqlite3.Connection, digest: str) -> bool:
         """Drop a digest that no live version names; False where one does. Within `writing`."""

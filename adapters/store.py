@@ -167,6 +167,22 @@ class BlobStore:
             sync_folder(self.folder)
             return Blob(incoming.digest, incoming.bytes, path.lstat().st_mtime_ns)
 
+    def check_share(self, own_bytes: int, used_bytes: int) -> None:
+        """Raises StorageFull where one tenant's files would take more than would stay free.
+
+        One tenant alone gets half of the quota, or of the disk, two a third each (dynamic
+        thresholds, Choudhury and Hahne 1998): there is always room for another's.
+        """
+        with storage_errors():
+            free = shutil.disk_usage(self.folder).free
+        if self.quota:
+            free = min(free, self.quota - used_bytes)
+        if own_bytes > free:
+            raise StorageFull(
+                f"with this file the key's adapters would have {own_bytes} bytes, more than its "
+                "share of the store: delete some"
+            )
+
     def read(self, digest: str) -> AdapterSet:
         """The adapter, its bytes hashed again.
 

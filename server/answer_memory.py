@@ -29,7 +29,8 @@ class AnswerMemory:
         """
         if self.held and self._by_key[key] + size > self.limit - self.held:
             raise Overloaded(
-                f"answers of {self.held >> 20} MiB are held for their clients, and this one may "
+                f"answers of {self._by_key[key] >> 20} MiB of this key are held for their clients, "
+                "which is near its share, and this one may "
                 f"have {size >> 20} MiB: read them, or ask for less",
                 retry_after_s=RETRY_AFTER_S,
             )

@@ -15,9 +15,9 @@ from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from server.corked import Corked
-from server.descriptors import ConnectionBound
 from server.errors import STATUS, RequestError, error_body
 from server.half_close import HalfClose
+from server.open_connections import OpenConnections
 from server.parser import RequestParser
 
 MAX_HEADER_BYTES = 64 << 10
@@ -31,6 +31,7 @@ MAX_FRAMING_BYTES, FRAMING_OF_A_BYTE = 64 << 10, 16
 START_BYTES = 256  # of a head, kept to tell what it was meant to be
 VERSIONS = ("1.0", "1.1")
 TOO_MANY = "too many connections are open; reuse one, or try again later"
+TOO_MANY_REQUESTS = "this key has requests on its share of the connections: await their answers"
 NOT_HTTP = "this is not HTTP/1.1, or can be read in two ways"
 _NO_VERSION = re.compile(rb"\s*[A-Z]+ [^ \r\n]*\r?\n")  # a request line of HTTP/0.9
 _OTHER_PROTOCOL = re.compile(rb"\s*[A-Z]+ [^ \r\n]* (?!HTTP/)")  # RTSP and ICE, which llhttp reads
@@ -80,7 +81,7 @@ class Connection(HttpToolsProtocol):
         self,
         *options: Any,
         shed: Refuse | None = None,
-        bound: ConnectionBound | None = None,
+        bound: OpenConnections | None = None,
         **more: Any,
     ) -> None:
         super().__init__(*options, **more)
@@ -104,12 +105,12 @@ class Connection(HttpToolsProtocol):
         self._writes = corked.writes
         self._half_close = HalfClose(self.transport, self.loop, self._may_probe)
         self._await_head()
-        if self._bound is not None and not self._bound.enter():
+        if self._bound is not None and not self._bound.enter(self):
             self._refuse("overloaded", TOO_MANY)
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._bound is not None:
-            self._bound.leave()
+            self._bound.leave(self)
         self._head_is_there()
         self._writes.stop()
         self._half_close.stop()
@@ -232,6 +233,8 @@ class Connection(HttpToolsProtocol):
             raise BadHead("malformed_request", "a request has one Host header")
         if size > MAX_HEADER_BYTES:
             raise BadHead("headers_too_large", f"the head may have {MAX_HEADER_BYTES} bytes")
+        if not self._clients and self._bound and not self._bound.begin(self, self.headers):
+            raise BadHead("overloaded", TOO_MANY_REQUESTS)
         self._client = Client()
         self._clients.append(self._client)
         self.scope[CLIENT] = self._client  # type: ignore[literal-required]
@@ -288,6 +291,8 @@ class Connection(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         self._clients.popleft()
+        if self._bound is not None and not self._clients:
+            self._bound.end(self)
         super().on_response_complete()
 
     def send_400_response(self, msg: str) -> None:

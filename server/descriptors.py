@@ -1,13 +1,12 @@
 """File descriptors: how many connections a server takes, so that some are left for files.
 
 A process out of descriptors can't open an adapter file, its registry or its log. Connections are
-what anybody can open, so they are bounded by RLIMIT_NOFILE; one too many gets 503 and is closed.
+what anybody can open, so they are bounded by RLIMIT_NOFILE: server/open_connections.py.
 """
 
 import logging
 import os
 import resource
-from dataclasses import dataclass
 
 log = logging.getLogger("trunkline.serve")
 
@@ -17,23 +16,7 @@ KEPT_FOR_FILES = 192
 FEWEST = 16  # connections, also where the limit is too low for both
 
 
-@dataclass
-class ConnectionBound:
-    """Connections that are open, and how many may be. Used on the event loop alone."""
-
-    most: int
-    open: int = 0
-
-    def enter(self) -> bool:
-        """Count a new connection; False where it is one too many. It is counted all the same."""
-        self.open += 1
-        return self.open <= self.most
-
-    def leave(self) -> None:
-        self.open -= 1
-
-
-def connection_bound() -> ConnectionBound:
+def most_connections() -> int:
     """By the limit of this process and the descriptors that it has open now; logged."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit == resource.RLIM_INFINITY:
@@ -44,7 +27,7 @@ def connection_bound() -> ConnectionBound:
     sentence = "%d connections at most: of the %d file descriptors allowed, %d are kept for files"
     level = logging.INFO if kept == KEPT_FOR_FILES else logging.WARNING
     log.log(level, sentence, most, limit, kept)
-    return ConnectionBound(most)
+    return most
 
 
 def _open_now() -> int:

@@ -31,7 +31,8 @@ class FairWork:
     """Runs work in `threads` threads. Waiting work is dealt over the keys by its cost.
 
     Every piece of work costs 1 unless its caller says otherwise, so that keys take turns. Work of
-    one key runs first in, first out. A key is an API key's id; "" stands for all anonymous
+    one key runs first in, first out. Of several threads one is kept free of each key, so that no
+    key's long work fills them all. A key is an API key's id; "" stands for all anonymous
     requests. The state belongs to the event loop: call every method there.
     """
 
@@ -40,6 +41,8 @@ class FairWork:
         self._count, self._free = threads, threads
         self._name, self._most_waiting = name, most_waiting
         self._lines: KeyLines[_Task] = KeyLines()
+        self._running: dict[str, int] = {}  # pieces of work that have begun, by key
+        self._most_running = max(1, threads - 1)  # of a key
         self.rate = DrainRate()  # of cost
 
     def waiting(self, key: str) -> int:
@@ -83,16 +86,23 @@ class FairWork:
         return overloaded(sentence, self.rate.seconds(self._lines.round_cost()))
 
     def _deal(self) -> None:
-        while self._free and len(self._lines):
-            self._begin(self._lines.pop())
+        while self._free and (key := self._lines.next(self._may_begin)) is not None:
+            self._begin(key, self._lines.pop(key))
 
-    def _begin(self, task: _Task) -> None:
+    def _may_begin(self, key: str) -> bool:
+        return self._running.get(key, 0) < self._most_running
+
+    def _begin(self, key: str, task: _Task) -> None:
         self._free -= 1
+        self._running[key] = self._running.get(key, 0) + 1
         running = asyncio.get_running_loop().run_in_executor(self._pool, task.work)
-        running.add_done_callback(partial(self._done, task, time.monotonic()))
+        running.add_done_callback(partial(self._done, key, task, time.monotonic()))
 
-    def _done(self, task: _Task, began: float, running: asyncio.Future[Any]) -> None:
+    def _done(self, key: str, task: _Task, began: float, running: asyncio.Future[Any]) -> None:
         self._free += 1
+        self._running[key] -= 1
+        if not self._running[key]:
+            del self._running[key]
         self.rate.note(task.cost, (time.monotonic() - began) / self._count)
         _pass_on(running, task.future)
         self._deal()

@@ -156,6 +156,12 @@ def confined_caller(request: Request) -> Caller | None:
     return caller if caller is not None and caller.key.confined else None
 
 
+def patterns_of(request: Request) -> tuple[str, ...]:
+    """Of the names that the request's key is limited to; none: it may see everything."""
+    caller = caller_of(request)
+    return caller.key.adapters if caller is not None else ()
+
+
 def check_unconfined(request: Request) -> None:
     """Raises RequestError where the request's key is limited to some adapters."""
     if confined_caller(request) is not None:

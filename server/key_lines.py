@@ -1,6 +1,7 @@
 """KeyLines: what waits, in one line per API key; every key gets the same share of the work."""
 
 from collections import deque
+from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
 
@@ -39,9 +40,12 @@ class KeyLines(Generic[Item]):
             self._tags[key] = max(self._clock, self._tags.get(key, 0))
         self._lines[key].append(item)
 
-    def pop(self) -> Item:
-        """The next item; there must be one."""
-        key = min(self._lines, key=self._tags.__getitem__)
+    def next(self, may_begin: Callable[[str], bool] = lambda key: True) -> str | None:
+        """The key that is next among those that may begin; None where none waits."""
+        return min(filter(may_begin, self._lines), key=self._tags.__getitem__, default=None)
+
+    def pop(self, key: str) -> Item:
+        """The next item of a key that has one."""
         item = self._lines[key].popleft()
         self._clock = self._tags[key]
         self._tags[key] += item.cost

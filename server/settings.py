@@ -195,7 +195,12 @@ class Settings(BaseModel):
     )
     max_rank: int = Field(64, ge=1, description="Largest LoRA rank taken.")
     max_adapter_bytes: int = Field(256 << 20, ge=1, description="Bytes of an adapter file.")
-    storage_quota: int = Field(0, ge=0, description="Bytes of all adapter files; 0: no bound.")
+    storage_quota: int = Field(
+        0,
+        ge=0,
+        description="Bytes of all adapter files; 0: no bound. A key that is limited to adapters "
+        "stores no more than it leaves free.",
+    )
     import_root: Path | None = Field(
         None, description="Folder that /v1/load_lora_adapter may read; default: none."
     )

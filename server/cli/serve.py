@@ -24,9 +24,10 @@ from server.cli.banner import MAX_NAMES, facts, print_banner
 from server.cli.listener import is_loopback, listen, removed_at_end, url_of
 from server.cli.trunk_folder import TrunkFolder
 from server.connection import BoundedReads
-from server.descriptors import connection_bound
+from server.descriptors import most_connections
 from server.keys import BadKeys, KeyRing
 from server.logs import announce, configure_logs
+from server.open_connections import OpenConnections
 from server.settings import BYTES, LISTS, BadSettings, Settings, load_settings, service_links
 from server.state import ServerState
 
@@ -95,7 +96,9 @@ def _serve(backbone: Path | None, config: Path | None, **flags: Any) -> None:
             host=settings.host,
             port=settings.port,
             http=partial(  # type: ignore[arg-type]
-                BoundedReads, shed=app.state.shed, bound=connection_bound()
+                BoundedReads,
+                shed=app.state.shed,
+                bound=OpenConnections(most_connections(), app.state.keys),
             ),
             ws="none",
             log_config=None,

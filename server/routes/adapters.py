@@ -29,7 +29,7 @@ from server.bodies import read_json
 from server.building import built, hold_answer
 from server.conditions import condition_of, etag, not_modified
 from server.engine.errors import BadInput, Draining
-from server.guard import caller_of, check_adapter
+from server.guard import caller_of, check_adapter, patterns_of
 from server.json_pieces import Items
 from server.query import Query
 from server.routes import adapter_documents as says
@@ -118,7 +118,7 @@ async def adapters(request: Request) -> Response:
         query.choice("sort", SORTS),
         query.choice("order", ("asc", "desc")) == "desc",
         query.text("q", MAX_Q),
-        (caller.key.adapters if caller else ()) or ("*",),
+        patterns_of(request) or ("*",),
         query.integer("limit", 100, 1, MAX_PAGE),
         query.text("after", MAX_CURSOR),
     )
@@ -236,6 +236,7 @@ async def put(request: Request, name: str) -> Response:
         activate=query.flag("activate", True),
         allow_zero=query.flag("allow_zero", False),
         condition=condition_of(request),
+        patterns=patterns_of(request),
     )
     await state_of(request).admin.call(request, state.library.check_upload, wanted)
     settings = state.settings

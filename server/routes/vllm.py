@@ -18,7 +18,7 @@ from server.answers import JSONAnswer, adapter_entry
 from server.arrivals import Published, publish_folder
 from server.bodies import read_json
 from server.engine.errors import BadInput, Draining
-from server.guard import check_adapter, confined_caller, key_of
+from server.guard import check_adapter, confined_caller, key_of, patterns_of
 from server.import_root import ImportRoot
 from server.routes import adapter_documents as says
 from server.routes.adapters import who
@@ -53,7 +53,8 @@ async def load_lora_adapter(request: Request) -> Response:
     root = ImportRoot(state.settings.import_root, confined.key.may_use if confined else None)
     found = await state.admin.call(request, root.find, body.lora_path)
     condition = UNCONDITIONAL if body.load_inplace else MUST_BE_NEW
-    wanted = Upload(body.lora_name, who(request), condition=condition)
+    patterns = patterns_of(request)
+    wanted = Upload(body.lora_name, who(request), condition=condition, patterns=patterns)
     max_bytes = state.settings.max_adapter_bytes
     published = await _publish(request, state.library, wanted, found, max_bytes)
     answer = {"status": "success"} | (adapter_entry(published.version) or {})

@@ -20,7 +20,7 @@ from adapters.validate import Manifest
 from adapters.versions import Record
 
 RECORD = Record(Manifest(), {}, 0.0)
-TABLES = ("versions", "pointers", "audit", "deleted_names", "floors")
+TABLES = ("versions", "pointers", "audit", "deleted_names", "floors", "namespace_floors")
 NUMBERS = itertools.count()
 
 
@@ -28,7 +28,8 @@ NUMBERS = itertools.count()
 def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Registry]:
     for name, value in (("DELETED_NAMES", 4), ("TOMBSTONES_OF_NAME", 3), ("AUDIT_OF_NAME", 5)):
         monkeypatch.setattr(history, name, value)
-    monkeypatch.setattr(history, "BUCKETS", 2)
+    for name, value in (("BUCKETS", 2), ("BUCKETS_OF_NAMESPACE", 2), ("NAMESPACE_ROWS", 3)):
+        monkeypatch.setattr(history, name, value)
     registry = Registry(tmp_path / "registry.sqlite")
     yield registry
     registry.close()
@@ -62,6 +63,52 @@ def test_a_name_that_comes_back_gets_no_number_and_no_generation_it_ever_had(
     assert put(registry, "first") > 7
     pointer = registry.point("first", "stable", registry.named("first").versions[0].number, "x")
     assert pointer.generation > max(generations)
+
+
+def test_a_namespace_learns_nothing_of_another_by_the_numbers_of_its_new_names(
+    registry: Registry,
+) -> None:
+    for index in range(12):  # so many that rows are dropped
+        for _ in range(3):
+            put(registry, f"acme/{index}")
+        registry.remove(f"acme/{index}", None, "tests")
+    assert rows(registry)["namespace_floors"] == 2
+    assert [put(registry, f"beta/{index}") for index in range(12)] == [1] * 12
+    assert min(put(registry, f"acme/{index}") for index in range(12)) > 3
+
+
+def test_numbers_are_never_given_twice_in_more_namespaces_than_have_rows(
+    registry: Registry,
+) -> None:
+    names, given = [f"space-{index}/a" for index in range(20)], {}
+    for name in names:
+        given[name] = put(registry, name)
+        registry.remove(name, None, "tests")
+    assert rows(registry)["namespace_floors"] == history.NAMESPACE_ROWS
+    assert all(put(registry, name) > given[name] for name in names)
+
+
+def test_a_delete_takes_as_many_statements_for_many_versions_as_for_few(
+    registry: Registry,
+) -> None:
+    """The transaction keeps other tenants' writes waiting."""
+    counted = []
+    for count in (10, 100):
+        name = f"of-{count}"
+        for _ in range(count):
+            put(registry, name)
+        registry.point(name, "stable", 1, "tests")
+        registry.point(name, "stable", 2, "tests")
+        statements: list[str] = []
+        connection = registry._database._connection()
+        connection.set_trace_callback(statements.append)
+        assert len(registry.remove(name, None, "tests")) == count
+        connection.set_trace_callback(None)
+        counted.append(len(statements))
+        assert not registry.exists(name)
+        assert not registry._database.rows("SELECT 1 FROM pointers WHERE number OR previous")
+        assert len(registry.audit(name)) == history.AUDIT_OF_NAME
+    assert counted[0] == counted[1]
 
 
 def test_the_past_of_names_that_come_and_go_takes_no_more_rows(registry: Registry) -> None:
@@ -167,7 +214,7 @@ def test_recovery_keeps_pins_and_the_numbers_of_names_that_are_gone(tmp_path: Pa
 def test_parsed_records_are_bounded_by_bytes_and_usage_by_names() -> None:
     parsed = ParsedTexts(len, most_bytes=100)
     assert [parsed("x" * size) for size in (60, 30, 60, 50, 1000)] == [60, 30, 60, 50, 1000]
-    assert len(parsed) == 1
+    assert len(parsed) == 1  # that of 50: the one beyond the bound drove nothing out
     assert parsed("y" * 90) == parsed("y" * 90) == 90
     assert len(parsed) == 1
     book = UsageBook(most=2)

@@ -13,6 +13,8 @@ import pytest
 from adapter_client import Adapters, adapters_of, assert_refused
 from conftest import Serve
 
+from server.keys import new_key
+
 KIB = 1024
 
 
@@ -204,3 +206,31 @@ def test_bytes_that_are_stored_already_need_no_room_in_the_quota(
         assert adapters.put("one", file).status_code == 200
         assert adapters.put("two", file).status_code == 201
         assert_refused(adapters.put("one", adapters.file(2)), 507, "storage_full")
+
+
+def test_a_key_that_is_limited_to_adapters_leaves_room_in_the_quota(
+    tiny_backbone: Path, serve: Serve, tmp_path: Path
+) -> None:
+    """One such key alone stores half of the quota, and another key's file has room then."""
+    file, keys = tiny_backbone / "adapters" / "plain.safetensors", tmp_path / "keys.json"
+    (tmp_path / "none").mkdir()
+    secrets = {
+        name: new_key(keys, name, scopes=frozenset({"infer", "admin"}), adapters=(f"{name}/*",))[1]
+        for name in ("acme", "beta")
+    }
+    options = ("--storage-quota", file.stat().st_size * 6 + 100, "--keys", keys)
+    served = serve(tiny_backbone, "--adapters", tmp_path / "none", "--data", tmp_path, *options)
+    with served.client() as client:
+        client.headers["x-api-key"] = secrets["acme"]
+        digest = client.get("/info").json()["backbone"]["digest"]
+        adapters = Adapters(served, client, tmp_path, digest)
+        for seed in range(3):
+            assert adapters.put(f"acme/{seed}", adapters.file(seed)).status_code == 201
+        assert_refused(adapters.put("acme/3", adapters.file(3)), 507, "storage_full")
+        assert adapters.put("acme/3", adapters.file(0)).status_code == 201  # no new bytes
+        client.headers["x-api-key"] = secrets["beta"]
+        assert adapters.put("beta/0", adapters.file(4)).status_code == 201
+        client.headers["x-api-key"] = secrets["acme"]
+        for seed in (1, 2):
+            assert client.delete(f"/adapters/acme/{seed}").status_code == 200
+        assert adapters.put("acme/4", adapters.file(5)).status_code == 201

@@ -54,6 +54,20 @@ def test_a_quiet_keys_work_comes_after_one_piece_of_a_flooding_key() -> None:
     asyncio.run(run())
 
 
+def test_long_work_of_one_key_does_not_fill_all_threads() -> None:
+    async def run() -> None:
+        fair, gate = FairWork(3, "threads", 100), threading.Event()
+        long = [asyncio.ensure_future(fair.run("a", gate.wait)) for _ in range(10)]
+        await asyncio.sleep(0)
+        for _ in range(3):
+            assert await asyncio.wait_for(fair.run("b", lambda: "short"), 30) == "short"
+        gate.set()
+        await asyncio.gather(*long)
+        fair.close()
+
+    asyncio.run(run())
+
+
 def test_a_key_with_too_much_waiting_is_refused_and_another_key_is_not() -> None:
     async def run() -> None:
         bench = Bench(most_waiting=3)
