@@ -14,9 +14,11 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from adapters import history
 from adapters.inventory import Unnamed, unnamed_files
 from adapters.mark import mark_of
 from adapters.opening import lock_folder
+from adapters.pin_table import SCHEMA as PINS
 from adapters.registry import SCHEMA, Registry
 from adapters.registry_file import RegistryState, inspect_registry, is_record, read_only
 from adapters.store import BlobStore
@@ -29,6 +31,10 @@ COLUMNS = {
     "versions": ("name", "number", "digest", "created_at", "deleted_at"),
     "pointers": ("name", "alias", "number", "previous", "generation"),
     "audit": ("id", "at", "who", "action", "name", "detail"),
+    "pins": ("name", "number", "key", "at"),
+    "deleted_names": ("id", "name"),
+    "floors": ("bucket", "number", "generation"),
+    "folder_files": ("name", "digest"),
 }
 
 
@@ -136,13 +142,20 @@ def _begin_again(path: Path, aside: Path) -> Iterator[str]:
         (name, alias, *(n if (name, n) in live else None for n in (number, previous)), generation)
         for name, alias, number, previous, generation in rows["pointers"]
     ]
+    rows["pins"] = [row for row in rows["pins"] if row[:2] in live]
+    if rows["floors"]:  # of the buckets that can't be read nothing is known
+        rows["floors"] += [(bucket, 0, 0) for bucket in range(history.BUCKETS)]
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         connection.execute("PRAGMA journal_mode = WAL")
-        connection.executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT;")
+        # Without rows of pins the registry may be one that pinned by digest: PinTable takes these.
+        schema = SCHEMA + history.SCHEMA + (PINS if rows["pins"] else "")
+        connection.executescript(f"BEGIN IMMEDIATE; {schema} COMMIT;")
         connection.execute("BEGIN IMMEDIATE")
         for table, columns in COLUMNS.items():
-            marks = ", ".join("?" * len(columns))
-            connection.executemany(f"INSERT OR IGNORE INTO {table} VALUES ({marks})", rows[table])
+            if rows[table]:
+                marks = ", ".join("?" * len(columns))
+                insert = f"INSERT OR IGNORE INTO {table} VALUES ({marks})"
+                connection.executemany(insert, rows[table])
         connection.execute("COMMIT")
     yield f"{path} was begun with {len(live)} versions of {len({name for name, _ in live})} names"
 
