@@ -21,6 +21,7 @@ from adapters import readonly
 from adapters.backup_format import (
     BLOBS,
     KEYS,
+    KEYS_MARK,
     MANIFEST,
     REGISTRY,
     TAR,
@@ -37,6 +38,7 @@ from adapters.backup_format import (
 SNAPSHOTS = 20  # deletes between a snapshot and the copy of a file; then the disk is at fault
 LIVE = """SELECT DISTINCT b.digest, b.bytes FROM blobs b JOIN versions v ON v.digest = b.digest
     WHERE v.deleted_at IS NULL ORDER BY b.digest"""
+MARKED = b"there were keys\n"  # only whether the file is there counts
 COUNTS = "SELECT count(DISTINCT name), count(*) FROM versions WHERE deleted_at IS NULL"
 
 
@@ -66,6 +68,8 @@ def back_up(wanted: Wanted, out: Path) -> Manifest:
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir()) and out.suffix != TAR):
         raise BackupRefused(f"{out} exists already; a backup never replaces another")
+    if not out.absolute().parent.is_dir():
+        raise BackupRefused(f"{out} can't be written: there is no folder {out.parent}")
     trunks = _trunks(wanted)
     try:
         with _tar_at(out) if out.suffix == TAR else _folder_at(out) as sink:
@@ -78,12 +82,15 @@ def back_up(wanted: Wanted, out: Path) -> Manifest:
 
 def _trunks(wanted: Wanted) -> list[Path]:
     found = sorted(path.parent for path in wanted.data.glob(f"*/{REGISTRY}"))
-    if wanted.trunk is not None:
-        found = [folder for folder in found if folder.name == wanted.trunk]
     if not found:
-        which = f"trunk folder {wanted.trunk}" if wanted.trunk else "trunk folder"
-        raise BackupRefused(f"{wanted.data} has no {which} with a {REGISTRY} in it")
-    return found
+        raise BackupRefused(f"{wanted.data} has no trunk folder with a {REGISTRY} in it")
+    if wanted.trunk is None:
+        return found
+    named = [folder for folder in found if folder.name == wanted.trunk]
+    if not named:
+        there = ", ".join(folder.name for folder in found)
+        raise BackupRefused(f"{wanted.data} has no trunk folder {wanted.trunk}; it has {there}")
+    return named
 
 
 @contextmanager
@@ -125,6 +132,8 @@ def _fill(sink: Sink, wanted: Wanted, trunks: list[Path]) -> Manifest:
     if wanted.keys.exists():  # the file is replaced by a rename: it is always whole
         data = wanted.keys.read_bytes()
         taken.files[KEYS] = sink.add(KEYS, in_memory(data), len(data))
+    if wanted.keys.with_suffix(Path(KEYS_MARK).suffix).exists():
+        taken.files[KEYS_MARK] = sink.add(KEYS_MARK, in_memory(MARKED), len(MARKED))
     now = datetime.now(UTC).isoformat(timespec="seconds")
     left_out = tuple(taken.left_out)
     manifest = Manifest(now, wanted.version, taken.trunks, left_out, taken.files)

@@ -15,6 +15,8 @@ def keys_mark(keys: Path) -> Path:
 
 def note_keys(keys: Path) -> None:
     """Make the mark. A disk that takes no writes is logged: the keys are in force all the same."""
+    if keys_mark(keys).exists():
+        return
     try:
         keys_mark(keys).touch()
     except OSError as error:
