@@ -21,6 +21,7 @@ from adapters import readonly
 from adapters.backup_format import (
     BLOBS,
     KEYS,
+    KEYS_MARK,
     MANIFEST,
     REGISTRY,
     TAR,
@@ -38,6 +39,7 @@ from adapters.mark import mark_of
 SNAPSHOTS = 20  # deletes between a snapshot and the copy of a file; then the disk is at fault
 LIVE = """SELECT DISTINCT b.digest, b.bytes FROM blobs b JOIN versions v ON v.digest = b.digest
     WHERE v.deleted_at IS NULL ORDER BY b.digest"""
+MARKED = b"there were keys\n"  # only whether the file is there counts
 COUNTS = "SELECT count(DISTINCT name), count(*) FROM versions WHERE deleted_at IS NULL"
 
 
@@ -67,6 +69,8 @@ def back_up(wanted: Wanted, out: Path) -> Manifest:
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir()) and out.suffix != TAR):
         raise BackupRefused(f"{out} exists already; a backup never replaces another")
+    if not out.absolute().parent.is_dir():
+        raise BackupRefused(f"{out} can't be written: there is no folder {out.parent}")
     trunks = _trunks(wanted)
     try:
         with _tar_at(out) if out.suffix == TAR else _folder_at(out) as sink:
@@ -81,11 +85,13 @@ def _trunks(wanted: Wanted) -> list[Path]:
     """The trunks' folders. Raises BackupRefused for one that has lost its registry."""
     traces = (REGISTRY, mark_of(Path(REGISTRY)).name, f"{BLOBS}/{'[0-9a-f]' * 64}")
     found = sorted(folder for folder in wanted.data.glob("*/") if _has_any(folder, traces))
-    if wanted.trunk is not None:
-        found = [folder for folder in found if folder.name == wanted.trunk]
     if not found:
-        which = f"trunk folder {wanted.trunk}" if wanted.trunk else "trunk folder"
-        raise BackupRefused(f"{wanted.data} has no {which} with a {REGISTRY} in it")
+        raise BackupRefused(f"{wanted.data} has no trunk folder with a {REGISTRY} in it")
+    if wanted.trunk is not None:
+        there = ", ".join(folder.name for folder in found)
+        found = [folder for folder in found if folder.name == wanted.trunk]
+        if not found:
+            raise BackupRefused(f"{wanted.data} has no trunk folder {wanted.trunk}; it has {there}")
     lost = next((folder for folder in found if not (folder / REGISTRY).exists()), None)
     if lost is not None:
         raise BackupRefused(
@@ -138,6 +144,8 @@ def _fill(sink: Sink, wanted: Wanted, trunks: list[Path]) -> Manifest:
     if wanted.keys.exists():  # the file is replaced by a rename: it is always whole
         data = wanted.keys.read_bytes()
         taken.files[KEYS] = sink.add(KEYS, in_memory(data), len(data))
+    if wanted.keys.with_suffix(Path(KEYS_MARK).suffix).exists():
+        taken.files[KEYS_MARK] = sink.add(KEYS_MARK, in_memory(MARKED), len(MARKED))
     now = datetime.now(UTC).isoformat(timespec="seconds")
     left_out = tuple(taken.left_out)
     manifest = Manifest(now, wanted.version, taken.trunks, left_out, taken.files)

@@ -2,6 +2,7 @@
 
     backup.json                       the manifest; it carries its own digest
     keys.json                         where the server has keys
+    keys.mark                         there were keys, so a server without them does not start
     TRUNK/registry.sqlite             a snapshot, without a write-ahead log
     TRUNK/blobs/<64 hex>              every file that a live version names
 
@@ -22,14 +23,15 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 FORMAT = "trunkline-backup/1"
-MANIFEST, KEYS, REGISTRY, BLOBS = "backup.json", "keys.json", "registry.sqlite", "blobs"
+MANIFEST, REGISTRY, BLOBS = "backup.json", "registry.sqlite", "blobs"
+KEYS, KEYS_MARK = "keys.json", "keys.mark"
 TAR = ".tar"
 MAX_MANIFEST_BYTES = 256 << 20  # 1,000,000 files have some 150 MB
 _CHUNK = 1 << 20
 # A trunk's folder has the name of its backbone's folder in it, which may be any; a name with bytes
 # that are not UTF-8 has them as surrogates, as os.fsdecode makes them.
 _TRUNK = r"(?!\.\.?/)[^/\0]{1,255}"
-_NAME = re.compile(rf"{KEYS}|{_TRUNK}/({re.escape(REGISTRY)}|{BLOBS}/[0-9a-f]{{64}})")
+_NAME = re.compile(rf"{KEYS}|{KEYS_MARK}|{_TRUNK}/({re.escape(REGISTRY)}|{BLOBS}/[0-9a-f]{{64}})")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -185,8 +187,15 @@ class FolderSource:
         try:
             return os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb")
         except OSError as error:
-            why = "missing" if error.errno == errno.ENOENT else error.strerror
-            raise BackupRefused(f"{path} can't be read: {why}") from error
+            raise BackupRefused(_unreadable(path, name, error)) from error
+
+
+def _unreadable(path: Path, name: str, error: OSError) -> str:
+    if error.errno != errno.ENOENT:
+        return f"{path} can't be read: {error.strerror}"
+    if name == MANIFEST:
+        return f"{path} is missing: {path.parent} is not a backup that `trunkline backup` wrote"
+    return f"{path} is missing: the backup is not whole"
 
 
 class TarSource:

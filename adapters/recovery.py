@@ -33,6 +33,7 @@ COLUMNS = {
     "audit": ("id", "at", "who", "action", "name", "detail"),
     "deleted_names": ("id", "name"),
     "floors": ("bucket", "number", "generation"),
+    "namespace_floors": ("namespace", "bucket", "number", "generation"),
     "folder_files": ("name", "digest"),
     "pins": ("name", "number", "key", "at"),
     "commits": ("one", "number"),
@@ -161,7 +162,10 @@ def _sound(rows: Rows) -> Rows:
         (name, alias, *(n if (name, n) in live else None for n in (number, previous)), generation)
         for name, alias, number, previous, generation in rows["pointers"]
     ]
-    return rows | {"blobs": blobs, "versions": versions, "pointers": pointers}
+    sound = rows | {"blobs": blobs, "versions": versions, "pointers": pointers}
+    if "pins" in rows:
+        sound["pins"] = [row for row in rows["pins"] if row[:2] in live]
+    return sound
 
 
 def _write(path: Path, rows: Rows) -> None:

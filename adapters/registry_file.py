@@ -204,9 +204,10 @@ def demand_no_unknown(path: Path, files: Unnamed) -> None:
 
 
 def registry_lost(path: Path, fault: str) -> RegistryLost:
-    """The sentence for it, with both ways out."""
+    """The sentence for it, with both ways out: each a command that can be given as it stands."""
     return RegistryLost(
-        f"the registry {path} {fault}; nothing was changed: `trunkline restore BACKUP` puts the "
-        "registry, the files and the keys of a backup in its place, and `trunkline recover "
-        f"{path.parent}` shows what is left and can go on without one"
+        f"the registry {path} {fault}; nothing was changed: `trunkline restore BACKUP "
+        f"{path.parent.parent} --replace` puts the registry, the files and the keys of a backup in "
+        f"its place, and `trunkline recover {path.parent}` shows what is left and can go on "
+        "without one"
     )

@@ -13,10 +13,12 @@ from pathlib import Path
 from adapters.backup_format import (
     BLOBS,
     KEYS,
+    KEYS_MARK,
     REGISTRY,
     BackupRefused,
     Manifest,
     Source,
+    StoredFile,
     make_private,
     read_manifest,
     source_of,
@@ -56,6 +58,42 @@ def restore(backup: Path, data: Path, *, replace: bool = False) -> tuple[Manifes
         except OSError as error:
             path = error.filename or data
             raise BackupRefused(f"{path} can't be written: {error.strerror}") from error
+
+
+def restore_keys(backup: Path, data: Path) -> Path | None:
+    """Put back the keys file alone; where the one that was there is now. A server may run.
+
+    Raises BackupRefused, with nothing changed.
+    """
+    with source_of(backup) as source:
+        manifest = read_manifest(source, backup)
+        if KEYS not in manifest.files:
+            raise BackupRefused(f"{backup} has no {KEYS}: the server had none when it was taken")
+        try:
+            with _stage(data) as stage:
+                _extract_file(source, KEYS, manifest.files[KEYS], backup, stage)
+                _hand_to_owner(stage, data)
+                aside = _link_aside(data / KEYS) if os.path.lexists(data / KEYS) else None
+                os.replace(stage / KEYS, data / KEYS)
+                sync_folder(data)
+                return aside
+        except OSError as error:
+            path = error.filename or data
+            raise BackupRefused(f"{path} can't be written: {error.strerror}") from error
+
+
+def _link_aside(path: Path) -> Path:
+    """A second name for a file, of the time; a folder is renamed."""
+    aside = path.with_name(f"{path.name}.{_ASIDE}{_now_and_unique()}")
+    if path.is_dir() and not path.is_symlink():
+        os.rename(path, aside)
+    else:
+        os.link(path, aside, follow_symlinks=False)
+    return aside
+
+
+def _now_and_unique() -> str:
+    return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
 
 
 @contextmanager
@@ -107,15 +145,19 @@ def _stage(data: Path) -> Iterator[Path]:
 
 def _extract(source: Source, manifest: Manifest, backup: Path, stage: Path) -> None:
     for name, stored in manifest.files.items():
-        path = stage / name
-        make_private(path.parent)
-        with source.open(name) as file:
-            found = write_synced(path, file)
-        if found != stored:
-            raise BackupRefused(
-                f"{name} in {backup} is damaged: it has {found.bytes} bytes of sha256 "
-                f"{found.sha256[:12]}, the manifest says {stored.bytes} of {stored.sha256[:12]}"
-            )
+        _extract_file(source, name, stored, backup, stage)
+
+
+def _extract_file(source: Source, name: str, stored: StoredFile, backup: Path, stage: Path) -> None:
+    path = stage / name
+    make_private(path.parent)
+    with source.open(name) as file:
+        found = write_synced(path, file)
+    if found != stored:
+        raise BackupRefused(
+            f"{name} in {backup} is damaged: it has {found.bytes} bytes of sha256 "
+            f"{found.sha256[:12]}, the manifest says {stored.bytes} of {stored.sha256[:12]}"
+        )
 
 
 def _check_trunks(manifest: Manifest, backup: Path, stage: Path) -> None:
@@ -163,8 +205,9 @@ def _hand_to_owner(stage: Path, data: Path) -> None:
 def _put_in_place(stage: Path, data: Path, before: list[Path]) -> Path | None:
     """Keys first: at no moment are there adapters without the keys that guard them."""
     aside = _move_aside(stage, data, before) if before else None
-    if (stage / KEYS).exists():
-        os.replace(stage / KEYS, data / KEYS)
+    for name in (KEYS_MARK, KEYS):
+        if (stage / name).exists():
+            os.replace(stage / name, data / name)
     sync_folder(data)
     for path in sorted(stage.iterdir()):
         os.rename(path, data / path.name)
@@ -173,8 +216,7 @@ def _put_in_place(stage: Path, data: Path, before: list[Path]) -> Path | None:
 
 
 def _move_aside(stage: Path, data: Path, before: list[Path]) -> Path:
-    now = datetime.now(UTC)
-    aside = data / f"{_ASIDE}{now:%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
+    aside = data / f"{_ASIDE}{_now_and_unique()}"
     aside.mkdir(mode=0o700)
     for path in before:
         if path.name == KEYS and (stage / KEYS).exists():

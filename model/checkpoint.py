@@ -30,6 +30,7 @@ MAX_TOKENIZER_BYTES = 256 << 20
 MAX_HEADER_BYTES = 8 << 20  # of the tensor file
 LEAST_BYTES = 2  # of a value in a dtype that is served
 
+_ANEW = "take it from a copy of the folder, or run `trunkline import` again"
 _AS_FOLDER = "`trunkline import` makes a backbone folder of a training checkpoint"
 
 Shape = tuple[int, ...]
@@ -136,7 +137,7 @@ def read_backbone(folder: Path) -> Backbone:
     if not folder.is_dir():
         reason = f"it is a file; {_AS_FOLDER}" if folder.is_file() else "no such folder"
         raise BackboneError(f"{folder} is not a backbone folder: {reason}")
-    if not (folder / CONFIG_FILE).is_file():
+    if not os.path.lexists(folder / CONFIG_FILE):
         raise BackboneError(
             f"{folder} is not a backbone folder: its {CONFIG_FILE} is missing; {_AS_FOLDER}"
         )
@@ -144,7 +145,7 @@ def read_backbone(folder: Path) -> Backbone:
     try:
         config = GPTConfig.from_dict(fields)
     except ValueError as error:
-        raise BackboneError(f"{folder / CONFIG_FILE}: {error}") from error
+        raise BackboneError(f"{folder / CONFIG_FILE}: {error}; {_ANEW}") from error
     tensors = _read_tensors(folder / TENSOR_FILE, config)
     try:
         check_tensors(config, tensors)
@@ -256,13 +257,15 @@ def _demand_file(path: Path, most: int | None = None) -> int:
     try:
         if not path.is_file():
             there = "is not a plain file" if path.exists() else "is missing"
-            raise BackboneError(f"{path} {there}; take it from the backbone's copy")
+            raise BackboneError(f"{path} {there}; {_ANEW}")
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
     except OSError as error:
-        raise BackboneError(f"{path} can't be read: {error.strerror}") from error
+        raise BackboneError(
+            f"{path} can't be read: {error.strerror}; let the server's user read it"
+        ) from error
     if most is not None and size > most:
-        raise BackboneError(f"{path} has {size} bytes; such a file has at most {most}")
+        raise BackboneError(f"{path} has {size} bytes; such a file has at most {most}; {_ANEW}")
     return size
 
 
@@ -272,9 +275,10 @@ def _read_json(path: Path, kind: type) -> Any:
         value = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
         why = "it is nested too deeply" if isinstance(error, RecursionError) else error
-        raise BackboneError(f"{path} is not JSON: {why}") from error
+        raise BackboneError(f"{path} is not JSON: {why}; {_ANEW}") from error
     if not isinstance(value, kind):
-        raise BackboneError(f"{path} must hold a JSON {'object' if kind is dict else 'list'}")
+        wanted = "object" if kind is dict else "list"
+        raise BackboneError(f"{path} must hold a JSON {wanted}; {_ANEW}")
     return value
 
 
@@ -283,17 +287,19 @@ def _read_tensors(path: Path, config: GPTConfig) -> dict[str, Tensor]:
     size = _demand_file(path)
     with path.open("rb") as file:
         if int.from_bytes(file.read(8), "little") > min(size, MAX_HEADER_BYTES):
-            raise BackboneError(f"{path} is not a safetensors file: its header is too long")
+            raise BackboneError(
+                f"{path} is not a safetensors file: its header is too long; {_ANEW}"
+            )
     described = _least_values(config) * LEAST_BYTES
     if size < described:
         raise BackboneError(
             f"{path} has {size} bytes, and the tensors that {CONFIG_FILE} describes have at least "
-            f"{described}: it is cut off, or the two are not of one backbone"
+            f"{described}: it is cut off, or the two are not of one backbone; {_ANEW}"
         )
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise BackboneError(f"{path} is not a safetensors file: {error}") from error
+        raise BackboneError(f"{path} is not a safetensors file: {error}; {_ANEW}") from error
 
 
 def _least_values(config: GPTConfig) -> int:
@@ -309,10 +315,13 @@ def _read_tokenizer(path: Path, config: GPTConfig) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(path)
     except Exception as error:  # the library raises bare Exception
-        raise BackboneError(f"{path} is not a tokenizer file: {str(error)[:300]}") from error
+        raise BackboneError(
+            f"{path} is not a tokenizer file: {str(error)[:300]}; {_ANEW}"
+        ) from error
     if tokenizer.vocab_size > config.vocab_size:
         raise BackboneError(
-            f"{path} has {tokenizer.vocab_size} tokens, more than vocab_size {config.vocab_size}"
+            f"{path} has {tokenizer.vocab_size} tokens, more than vocab_size {config.vocab_size}; "
+            f"{_AGREE}"
         )
     return tokenizer
 
@@ -323,7 +332,7 @@ def _read_calibration(path: Path) -> Tensor | None:
     values = _read_json(path, list)
     proper = all(type(v) in (int, float) and math.isfinite(v) and 0 <= v <= 1 for v in values)
     if len(values) != CALIBRATION_BUCKETS or not proper:
-        raise BackboneError(f"{path} must hold {CALIBRATION_BUCKETS} numbers from 0 to 1")
+        raise BackboneError(f"{path} must hold {CALIBRATION_BUCKETS} numbers from 0 to 1; {_ANEW}")
     return torch.tensor(values, dtype=torch.float32)
 
 

@@ -150,7 +150,8 @@ def _check_settings(settings: Settings, app: FastAPI) -> None:
         raise BadSettings(f"setting import_root: {settings.import_root} is no folder")
     if settings.keys is not None and not settings.keys.exists():
         raise BadSettings(
-            f"setting keys: {settings.keys} is not there; make a key with "
+            lost_keys(settings.keys)
+            or f"setting keys: {settings.keys} is not there; make a key with "
             f"`trunkline keys --file {settings.keys} new`, or leave the setting out"
         )
     first = settings.root_path.split("/")[1] if settings.root_path else ""

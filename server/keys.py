@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from adapters.backup_format import sync_folder
 from server.key_patterns import fault_of
-from server.keys_mark import note_keys
+from server.keys_mark import note_keys, put_back
 
 log = logging.getLogger("trunkline.keys")
 
@@ -231,7 +231,10 @@ def read_keys(path: Path) -> list[Key]:
         return []
     except (OSError, ValidationError) as error:
         why = error.strerror if isinstance(error, OSError) else "not a list of keys"
-        raise BadKeys(f"keys file {path}: {why}") from error
+        raise BadKeys(
+            f"keys file {path}: {why}; {put_back(path)}, or move it away and make keys with "
+            f"`trunkline keys --file {path} new`"
+        ) from error
 
 
 def new_key(path: Path, name: str, **wishes: Any) -> tuple[Key, str]:

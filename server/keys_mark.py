@@ -15,6 +15,8 @@ def keys_mark(keys: Path) -> Path:
 
 def note_keys(keys: Path) -> None:
     """Make the mark. A disk that takes no writes is logged: the keys are in force all the same."""
+    if keys_mark(keys).exists():
+        return
     try:
         keys_mark(keys).touch()
     except OSError as error:
@@ -27,6 +29,13 @@ def lost_keys(keys: Path) -> str | None:
         return None
     return (
         f"{keys} is missing or has no key, but {keys_mark(keys).name} beside it shows that there "
-        "were keys: put it back (`trunkline restore BACKUP` does), make a key with "
+        f"were keys: {put_back(keys)}, make a key with "
         f"`trunkline keys --file {keys} new`, or give --insecure to serve without keys"
     )
+
+
+def put_back(keys: Path) -> str:
+    """How a keys file comes back from a backup, which has it as keys.json."""
+    if keys.name != "keys.json":
+        return "put it back (a backup has it as keys.json)"
+    return f"put it back (`trunkline restore --only-keys BACKUP {keys.parent}` does)"

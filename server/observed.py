@@ -4,12 +4,15 @@ import logging
 
 import torch
 
+from adapters.errors import ReadOnly, StorageFull
 from adapters.library import Library
 from server import __version__
 from server.keys import KeyRing
 from server.state import ServerState
 
 log = logging.getLogger("trunkline")
+
+WRITES_OFF = (StorageFull.code, ReadOnly.code)
 
 
 def observe(state: ServerState, keys: KeyRing) -> None:
@@ -41,4 +44,11 @@ def storage_faults(library: Library) -> dict[str, float]:
     return {
         "damaged": library.registry.damaged_count(),
         "unusable": len(library.unusable),  # files of the adapter folder
+        **{code: float(_refused_with(library) == code) for code in WRITES_OFF},
     }
+
+
+def _refused_with(library: Library) -> str | None:
+    """The code that uploads get now because of the disk, None where it takes them."""
+    fault = library.disk.fault
+    return None if fault is None else fault.code

@@ -1,5 +1,6 @@
 """trunkline adapters: the adapters of a running server."""
 
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -117,15 +118,23 @@ def _resident(answer: Answer) -> RenderableType:
     return f"{body['name']}@{body['version']} is {', '.join(words)}"
 
 
+def _pinned(answer: Answer) -> RenderableType:
+    """A pin is answered before its load has ended."""
+    loads = answer.body["pin_held"] and not answer.body["resident"]
+    return f"{_resident(answer)}{'; it is being loaded' if loads else ''}"
+
+
 def _in_flight(body: dict[str, Any]) -> list[str]:
     users = tables.count(body["in_flight"], "request")
     return [f"still used by {users}"] if body["in_flight"] else []
 
 
-def _residency_command(action: str, help_: str) -> None:
+def _residency_command(
+    action: str, help_: str, shown: Callable[[Answer], RenderableType] = _resident
+) -> None:
     @adapters.command(action, help=help_)
     @click.argument("reference")
-    @on_server(shown=_resident)
+    @on_server(shown=shown)
     def command(server: Server, reference: str) -> Answer:
         parse_reference(reference)
         return server.call("POST", path_of(reference, action))
@@ -133,7 +142,7 @@ def _residency_command(action: str, help_: str) -> None:
 
 _residency_command("load", "Bring REFERENCE into the slots.")
 _residency_command("unload", "Take REFERENCE out of the slots.")
-_residency_command("pin", "Bring REFERENCE into the slots, exempt from eviction.")
+_residency_command("pin", "Bring REFERENCE into the slots, exempt from eviction.", _pinned)
 _residency_command("unpin", "Let REFERENCE be evicted again.")
 
 

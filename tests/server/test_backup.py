@@ -21,7 +21,8 @@ from conftest import Serve, Served
 
 from adapters.registry import Registry
 from server.cli import main
-from server.keys import new_key
+from server.keys import new_key, read_keys, revoke_key
+from server.keys_mark import lost_keys
 
 OCTETS = {"content-type": "application/octet-stream"}
 BODY = {"adapter": "only/here", "inputs": "abc"}
@@ -106,7 +107,7 @@ def test_a_restored_server_serves_the_same_and_asks_for_the_same_keys(
     site: Site, tiny_backbone: Path, tmp_path: Path, serve: Serve
 ) -> None:
     data = tmp_path / "restored"
-    assert "restored 1 trunks" in trunkline("restore", site.tar, data)
+    assert "restored 1 trunk, " in trunkline("restore", site.tar, data)
     with serve(tiny_backbone, "--data", data, "--dtype", "float32").client() as client:
         assert client.post("/encode", json=BODY).status_code == 401
         after = client.post("/encode", json=BODY, headers=site.key)
@@ -239,6 +240,39 @@ def test_a_trunk_of_any_name_comes_back_and_one_without_its_registry_is_no_backu
     assert "lost/registry.sqlite is missing" in refused(
         "backup", tmp_path / "data", tmp_path / "b.tar"
     )
+
+
+def test_keys_alone_come_back_and_the_adapters_stay(site: Site, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    trunkline("restore", site.tar, data)
+    keys, mark = data / "keys.json", data / "keys.mark"
+    assert mark.exists()
+    (registry,) = data.glob("*/registry.sqlite")
+    before = registry.stat().st_ino
+    keys.write_text("{")
+    assert "restore --only-keys" in refused("backup", data, tmp_path / "broken")
+    assert "are as they were" in trunkline("restore", "--only-keys", site.tar, data)
+    assert keys.read_bytes() == (site.folder / "keys.json").read_bytes()
+    (aside,) = data.glob("keys.json.replaced-*")
+    assert aside.read_text() == "{"
+    assert registry.stat().st_ino == before
+
+
+def test_a_backup_without_lost_keys_restores_no_open_server(site: Site, tmp_path: Path) -> None:
+    data, again = tmp_path / "data", tmp_path / "again"
+    trunkline("restore", site.folder, data)
+    (data / "keys.json").unlink()
+    assert "does not start until it has keys" in trunkline("backup", data, tmp_path / "out")
+    assert "does not start until it has keys" in trunkline("restore", tmp_path / "out", again)
+    assert lost_keys(again / "keys.json") is not None
+
+
+def test_a_key_that_was_revoked_after_the_backup_is_named(site: Site, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    trunkline("restore", site.folder, data)
+    (key,) = read_keys(data / "keys.json")
+    revoke_key(data / "keys.json", key.id)
+    assert f"revoke {key.id}" in trunkline("restore", site.folder, data, "--replace")
 
 
 def test_neither_command_imports_torch() -> None:

@@ -54,7 +54,7 @@ def test_a_lost_registry_is_one_sentence_and_recover_is_a_way_out(
     assert refused.returncode == 1
     assert "Traceback" not in refused.stderr
     assert f"registry {registry} is missing or empty" in refused.stderr.replace("\n", " ")
-    assert "trunkline restore BACKUP" in refused.stderr
+    assert f"trunkline restore BACKUP {data} --replace" in refused.stderr
     command = CliRunner()
     shown = command.invoke(main, ["recover", str(data)])
     assert shown.exit_code == 1
