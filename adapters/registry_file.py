@@ -91,7 +91,7 @@ def _fault_of(path: Path, state: RegistryState) -> str | None:
 
 
 def _fault_of_copy(path: Path, state: RegistryState, refusal: sqlite3.DatabaseError) -> str | None:
-    """An I/O error may be a full disk's: SQLite needs room beside a file to read it, which a full disk does not have."""
+    """An I/O error may be a full disk's: SQLite needs room beside a file that it reads."""
     try:
         with (
             readonly.copy_registry(path) as folder,
