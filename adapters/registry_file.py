@@ -19,15 +19,6 @@ from adapters.store import BlobStore
 from adapters.versions import parse_record
 
 MAGIC = b"SQLite format 3\0"
-_REFUSALS = frozenset(
-    {
-        sqlite3.SQLITE_CANTOPEN,
-        sqlite3.SQLITE_READONLY,
-        sqlite3.SQLITE_PERM,
-        sqlite3.SQLITE_FULL,
-        sqlite3.SQLITE_IOERR,  # of a full disk, when the index of the log is made beside the file
-    }
-)
 TABLES = {"blobs", "versions", "pointers", "audit"}
 
 
@@ -89,13 +80,18 @@ def _fault_of(path: Path, state: RegistryState) -> str | None:
         with closing(read_only(path)) as connection:
             return _broken(connection, state)
     except sqlite3.DatabaseError as error:
-        if is_refusal_of_the_disk(error):
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF in (
+            sqlite3.SQLITE_FULL,
+            sqlite3.SQLITE_IOERR,
+        ):
             return _fault_of_copy(path, state, error)
+        if is_refusal_of_the_disk(error):
+            return None if _takes_no_writes(path) else f"can't be opened: {error}"
         return f"is broken: {error}"
 
 
 def _fault_of_copy(path: Path, state: RegistryState, refusal: sqlite3.DatabaseError) -> str | None:
-    """SQLite needs room beside a file to read it, which a full disk does not have."""
+    """An I/O error may be a full disk's: SQLite needs room beside a file that it reads."""
     try:
         with (
             readonly.copy_registry(path) as folder,
@@ -117,7 +113,7 @@ def read_only(path: Path) -> sqlite3.Connection:
 def is_refusal_of_the_disk(error: sqlite3.DatabaseError) -> bool:
     """Whether the file can't be opened here, which says nothing about its content."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-    return code in _REFUSALS
+    return code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM)
 
 
 def _takes_no_writes(path: Path) -> bool:

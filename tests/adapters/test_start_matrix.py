@@ -242,3 +242,15 @@ def test_the_table_of_outcomes_is_as_documented() -> None:
         texts = ["; ".join(f"{o} ({n})" if len(c) > 1 else o for o, n in c.items()) for c in cells]
         lines.append("| " + " | ".join([row.name, *(text or "-" for text in texts)]) + " |")
     Path(REPORT).write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize("name", ["registry.sqlite", "registry.sqlite-shm", "registry.mark"])
+def test_a_pipe_in_place_of_a_file_is_a_sentence_and_not_waited_for(
+    killed: Path, tmp_path: Path, name: str
+) -> None:
+    folder = tmp_path / "data"
+    shutil.copytree(killed, folder)
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(RegistryLost, match="it is not a plain file"):
+        open_library(folder)
