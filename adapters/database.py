@@ -16,7 +16,17 @@ class Database:
     Reads raise Unreadable where the disk refuses; writes StorageFull, ReadOnly or Unwritten.
     """
 
-    def __init__(self, path: Path, schema: str, admit_write: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        schema: str,
+        admit_write: Callable[[], None],
+        prepare: Callable[[sqlite3.Connection], None],
+    ) -> None:
+        """`prepare` completes the tables of an older file, in a transaction of its own.
+
+        `admit_write` is not asked for it: where it refuses writes, the file is a copy of our own.
+        """
         self._path = path
         self._admit_write = admit_write
         self._local = threading.local()
@@ -24,6 +34,8 @@ class Database:
         self._writing = threading.RLock()
         with writing_registry(path.parent):
             self._connection().executescript(f"BEGIN IMMEDIATE; {schema} COMMIT;")
+            with self._transaction() as connection:
+                prepare(connection)
 
     def close(self) -> None:
         for connection in self._connections:
@@ -45,15 +57,19 @@ class Database:
     def writing(self) -> Iterator[sqlite3.Connection]:
         """One transaction: committed, and on the disk, when the block ends; or nothing of it."""
         self._admit_write()
-        with self._writing, writing_registry(self._path.parent):
-            connection = self._connection()
-            connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield connection
-                connection.execute("COMMIT")
-            except BaseException:
-                self._roll_back(connection)
-                raise
+        with self._writing, writing_registry(self._path.parent), self._transaction() as connection:
+            yield connection
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        connection = self._connection()
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield connection
+            connection.execute("COMMIT")
+        except BaseException:
+            self._roll_back(connection)
+            raise
 
     def _roll_back(self, connection: sqlite3.Connection) -> None:
         """Where the disk refuses even that, a new connection takes its place."""

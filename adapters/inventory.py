@@ -6,12 +6,12 @@ Taking one changes nothing.
 import os
 import re
 import stat
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from adapters.errors import Unreadable
-from adapters.soundness import digest_of
+from adapters.soundness import file_digest
 from adapters.store import Blob, BlobStore
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -37,10 +37,16 @@ class Inventory:
 
 
 def unnamed_files(store: BlobStore, digests: Collection[str]) -> Unnamed:
-    """`digests` are those of the registry's rows. Raises Unreadable for a folder."""
+    """`digests` are those of the registry's rows. Raises Unreadable for a folder.
+
+    A folder that is not there has no files; on a disk without writes none is made. But where the
+    registry names files, their folder is missing.
+    """
     try:
         twins = _Twins(_files_in(store.incoming_folder))
-        entries = [each for each in store.entries() if f"sha256:{each.name}" not in digests]
+        entries: list[Path] = []
+        if digests or store.folder.exists():
+            entries = [each for each in store.entries() if f"sha256:{each.name}" not in digests]
     except OSError as error:
         sentence = f"{error.filename} can't be read: {error.strerror}"
         raise Unreadable(sentence, retry_after_s=1) from error
@@ -77,7 +83,7 @@ def _judge(entry: Path, blob: Blob, is_suspected: bool, found: Inventory) -> Non
             found.damaged[blob.digest] = "not a plain file"
         elif status.st_size != blob.bytes:
             found.damaged[blob.digest] = f"it has {status.st_size} bytes of {blob.bytes}"
-        elif is_touched and digest_of(entry) != blob.digest:
+        elif is_touched and file_digest(entry) != blob.digest:
             found.damaged[blob.digest] = "its bytes are not those of its digest"
         else:
             found.sound.add(blob.digest)
@@ -104,8 +110,11 @@ class _Twins:
         return any(_digest(file) == f"sha256:{entry.name}" for file, _ in same_size)
 
 
-def _files_in(folder: Path) -> Iterator[Path]:
-    return (entry for entry in folder.iterdir() if _is_plain_file(entry))
+def _files_in(folder: Path) -> list[Path]:
+    try:
+        return [entry for entry in folder.iterdir() if _is_plain_file(entry)]
+    except FileNotFoundError:
+        return []
 
 
 def _is_plain_file(path: Path) -> bool:
@@ -122,6 +131,6 @@ def _status(path: Path) -> os.stat_result | None:
 
 def _digest(path: Path) -> str | None:
     try:
-        return digest_of(path)
+        return file_digest(path)
     except OSError:
         return None

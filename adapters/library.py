@@ -245,8 +245,10 @@ class Library:
         try:
             if not self.reserve.spend(partial(self._collector.collect, digest)):
                 return
-        except TrunklineError as error:
-            log.warning("%s stays on the disk until it can be deleted: %s", digest, error)
+        except Exception as error:  # on the housekeeper's thread, whose errors nobody awaits
+            expected = isinstance(error, TrunklineError)
+            sentence = "%s stays on the disk until it can be deleted: %s"
+            log.warning(sentence, digest, error, exc_info=not expected)
             self._uncollected.add(digest)
         self.slots.evict(digest)
         if not self.reserve.whole:

@@ -38,15 +38,9 @@ class Registry:
     def __init__(self, path: Path, admit_write: Callable[[], None] = lambda: None) -> None:
         """`admit_write` raises where nothing may be written: the file is a copy then."""
         self.path = path
-        self._database = Database(path, SCHEMA + history.SCHEMA, admit_write)
+        self._database = Database(path, SCHEMA + history.SCHEMA, admit_write, history.prepare)
         self._resolved = Resolved(self.read)
         self.mark = Mark(mark_of(path), self.commits())
-        self._prepare_history()
-
-    def _prepare_history(self) -> None:
-        if not self._rows("SELECT 1 FROM floors LIMIT 1"):
-            with self.writing() as connection:
-                history.prepare(connection)
 
     def close(self) -> None:
         self._database.close()

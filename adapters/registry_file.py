@@ -13,6 +13,7 @@ from pathlib import Path
 from adapters.errors import RegistryLost
 from adapters.inventory import Unnamed, unnamed_files
 from adapters.mark import mark_of, read_mark
+from adapters.storage_errors import PASSING, demand_readable, read_error
 from adapters.store import BlobStore
 from adapters.versions import parse_record
 
@@ -37,11 +38,16 @@ class RegistryState:
 
 
 def inspect_registry(path: Path) -> RegistryState:
-    """What can be known without a change of any file. Raises nothing for what it finds."""
+    """What can be known without a change of any file.
+
+    Raises nothing for what it finds; Unreadable where the system refuses a read for now, and
+    StorageFull where the disk has no room to look.
+    """
     state = RegistryState()
     try:
         state.mark = read_mark(mark_of(path))
     except OSError as error:
+        _demand_lasting(error)
         state.mark_fault = f"can't be read: {os.strerror(error.errno or 0)}"
     try:
         state.exists = _has_bytes(path)
@@ -52,10 +58,17 @@ def inspect_registry(path: Path) -> RegistryState:
         elif state.exists:
             state.fault = _fault_of(path, state)
     except OSError as error:
+        _demand_lasting(error)
         state.exists = True
         name = Path(error.filename or path).name
         state.fault = f"can't be read: {name}: {os.strerror(error.errno or 0)}"
     return state
+
+
+def _demand_lasting(error: OSError) -> None:
+    """Raises Unreadable for an error that may pass by itself."""
+    if error.errno in PASSING:
+        raise read_error(error, "the registry") from error
 
 
 def _has_bytes(path: Path) -> bool:
@@ -75,6 +88,7 @@ def _fault_of(path: Path, state: RegistryState) -> str | None:
         with closing(read_only(path)) as connection:
             return _broken(connection, state)
     except sqlite3.DatabaseError as error:
+        demand_readable(error, path.parent)
         if is_refusal_of_the_disk(error):
             return None if _takes_no_writes(path) else f"can't be opened: {error}"
         return f"is broken: {error}"

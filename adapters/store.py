@@ -19,6 +19,7 @@ from adapters.storage_errors import read_error, reason, storage_errors
 
 log = logging.getLogger("trunkline.store")
 
+QUARANTINE = "quarantine"  # a folder within that of the published files
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EINVAL}
 
 
@@ -119,7 +120,7 @@ class BlobStore:
     ) -> None:
         self.folder, self.quota, self._admit = folder, quota, admit
         self.incoming_folder = folder / "incoming"
-        self.quarantine_folder = folder / "quarantine"
+        self.quarantine_folder = folder / QUARANTINE
         if make_folders:
             for each in (folder, self.incoming_folder, self.quarantine_folder):
                 _make_folder(each)
@@ -228,6 +229,8 @@ class BlobStore:
 
     def clear_incoming(self) -> None:
         """At start: remove the uploads that a stop cut off; what is no file is put away."""
+        if not self.incoming_folder.exists():  # a disk without writes may have none
+            return
         for entry in self.incoming_folder.iterdir():
             try:
                 if entry.is_dir() and not entry.is_symlink():

@@ -4,10 +4,13 @@ import logging
 
 import torch
 
+from adapters.errors import ReadOnly, StorageFull
 from adapters.library import Library
 from server import __version__
 from server.keys import KeyRing
 from server.state import ServerState
+
+REFUSED_WRITES = (ReadOnly.code, StorageFull.code)
 
 log = logging.getLogger("trunkline")
 
@@ -38,7 +41,12 @@ def storage_faults(library: Library) -> dict[str, float]:
 
     A kind is there when its count is 0 too, so that an alert on it has a series to look at.
     """
-    return {
+    fault = library.disk.fault
+    counts: dict[str, float] = {
         "damaged": library.registry.damaged_count(),
         "unusable": len(library.unusable),  # files of the adapter folder
+        "quarantined": library.disk.quarantined,
+    }
+    return counts | {
+        kind: float(fault is not None and fault.code == kind) for kind in REFUSED_WRITES
     }

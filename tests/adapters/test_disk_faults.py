@@ -174,7 +174,7 @@ def test_a_failing_read_is_no_damage_and_passes(
     assert all(outcomes[f"load again {name}"] == "ok" for name in "ab"), outcomes
     library = open_library(folder, tiny_backbone)
     try:
-        assert library.registry.damaged() == []
+        assert library.registry.damaged() == set()
         assert [named.name for named in library.registry.page()] == ["a", "b"]
         assert not any(library.store.quarantine_folder.iterdir())
     finally:
