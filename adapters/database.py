@@ -68,15 +68,19 @@ class Database:
     def writing(self) -> Iterator[sqlite3.Connection]:
         """One transaction: committed, and on the disk, when the block ends; or nothing of it."""
         self._admit_write()
-        with self._writing, writing_registry(self._path.parent):
-            connection = self._connection()
-            connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield connection
-                connection.execute("COMMIT")
-            except BaseException:
-                self._roll_back(connection)
-                raise
+        with self._writing, writing_registry(self._path.parent), self._transaction() as connection:
+            yield connection
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        connection = self._connection()
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield connection
+            connection.execute("COMMIT")
+        except BaseException:
+            self._roll_back(connection)
+            raise
 
     def _roll_back(self, connection: sqlite3.Connection) -> None:
         """Where the disk refuses even that, a new connection takes its place."""

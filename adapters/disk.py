@@ -1,10 +1,11 @@
-"""Disk: whether the data folder takes writes, looked at by a thread, told by /ready and /info."""
+"""Disk: whether the data folder takes writes. A thread looks; /ready, /info and /metrics report."""
 
 import errno
 import logging
 import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,9 +33,13 @@ class Disk:
     `tidy` is called after each look at a disk that takes writes: deletes that failed are done then.
     """
 
-    def __init__(self, folder: Path, reserve: Reserve, refusal: OSError | None) -> None:
+    def __init__(
+        self, folder: Path, reserve: Reserve, refusal: OSError | None, quarantine: Path
+    ) -> None:
         self._folder, self.reserve, self._refusal = folder, reserve, refusal
+        self._quarantine = quarantine
         self.fault: Fault | None = None
+        self.quarantined = 0  # files put away for a person to look at, as of the last look
         self._wake, self._closed = threading.Event(), False
         self._watch: threading.Thread | None = None
         self.look()
@@ -57,6 +62,8 @@ class Disk:
         """Say anew what is off; take the reserve back where there is room again."""
         if self._refusal is None:
             self.reserve.take_back()
+        with suppress(OSError):  # a folder that takes no writes may have none
+            self.quarantined = len(os.listdir(self._quarantine))
         fault = self._find_fault()
         if fault != self.fault:
             if fault is not None:
@@ -84,9 +91,12 @@ class Disk:
             self._wake.wait(LOOK_S)
             self._wake.clear()
             if not self._closed:
-                self.look()
-                if self.fault is None or self.fault.code == StorageFull.code:
-                    tidy()  # deleting works on a full disk
+                try:
+                    self.look()
+                    if self.fault is None or self.fault.code == StorageFull.code:
+                        tidy()  # deleting works on a full disk
+                except Exception:  # the next look may do better; without a thread there is none
+                    log.exception("looking at the data folder failed")
 
     def _find_fault(self) -> Fault | None:
         if self._refusal is not None:

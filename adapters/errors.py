@@ -13,6 +13,16 @@ class TrunklineError(Exception):
         self.message = message
         self.details = details
 
+    def again(self) -> "TrunklineError":
+        """A new error that says the same.
+
+        An error that is kept is raised for several requests, and each adds details of its own.
+        """
+        new = type(self).__new__(type(self), self.message)
+        new.__dict__.update(self.__dict__)
+        new.details = dict(self.details)
+        return new
+
 
 class NotFound(TrunklineError):
     code = "adapter_not_found"

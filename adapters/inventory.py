@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from adapters.errors import Unreadable
-from adapters.soundness import digest_of
+from adapters.soundness import file_digest
 from adapters.store import Blob, BlobStore, entries_of
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -37,9 +37,15 @@ class Inventory:
 
 
 def unnamed_files(store: BlobStore, digests: Collection[str]) -> Unnamed:
-    """`digests` are those of the registry's rows. Raises Unreadable for a folder."""
+    """`digests` are those of the registry's rows. Raises Unreadable for a folder.
+
+    A folder that is not there has no files; on a disk without writes none is made. But where the
+    registry names files, their folder is missing.
+    """
     try:
         twins = _Twins(filter(_is_plain_file, entries_of(store.incoming_folder)))
+        if digests:
+            store.folder.stat()
         entries = [each for each in store.entries() if f"sha256:{each.name}" not in digests]
     except OSError as error:
         sentence = f"{error.filename} can't be read: {error.strerror}"
@@ -77,7 +83,7 @@ def _judge(entry: Path, blob: Blob, is_suspected: bool, found: Inventory) -> Non
             found.damaged[blob.digest] = "not a plain file"
         elif status.st_size != blob.bytes:
             found.damaged[blob.digest] = f"it has {status.st_size} bytes of {blob.bytes}"
-        elif is_touched and digest_of(entry) != blob.digest:
+        elif is_touched and file_digest(entry) != blob.digest:
             found.damaged[blob.digest] = "its bytes are not those of its digest"
         else:
             found.sound.add(blob.digest)
@@ -118,6 +124,6 @@ def _status(path: Path) -> os.stat_result | None:
 
 def _digest(path: Path) -> str | None:
     try:
-        return digest_of(path)
+        return file_digest(path)
     except OSError:
         return None

@@ -185,9 +185,10 @@ class Library:
                 )
                 version = self.registry.read(f"{upload.name}@{number}")
         except BaseException:
-            if incoming.is_published:
+            if incoming.is_in_doubt:
                 self._take_back(incoming)
             raise
+        incoming.settle()
         self.slots.forgive(blob.digest)
         if upload.activate and previous:  # so that a swap costs no request a load
             self.slots.succeed(previous, blob.digest, use_of(version))
@@ -219,9 +220,9 @@ class Library:
     def _take_back(self, incoming: Incoming) -> None:
         try:
             self._collector.take_back(incoming)
-        except TrunklineError:
-            incoming.keep()
-            log.warning("%s stays in the store until the next start", incoming.digest)
+            incoming.settle()
+        except Exception as error:  # whatever it is: the error that came first is raised
+            log.warning("%s stays in the store until the next start: %s", incoming.digest, error)
 
     def remove(
         self, name: str, number: int | None, who: str, condition: Condition = UNCONDITIONAL
@@ -250,8 +251,10 @@ class Library:
         try:
             if not self.reserve.spend(partial(self._collector.collect, digest)):
                 return
-        except TrunklineError as error:
-            log.warning("%s stays on the disk until it can be deleted: %s", digest, error)
+        except Exception as error:  # on the housekeeper's thread, whose errors nobody awaits
+            expected = isinstance(error, TrunklineError)
+            sentence = "%s stays on the disk until it can be deleted: %s"
+            log.warning(sentence, digest, error, exc_info=not expected)
             self._uncollected.add(digest)
         self.slots.evict(digest)
         if not self.reserve.whole:

@@ -25,7 +25,7 @@ class LoadFailures:
         if failed is None:
             return
         if time.monotonic() - failed[0] < FAILURE_S:
-            raise failed[1]
+            raise failed[1].again()
         del self._failed[digest]
 
     def note(self, digest: str, error: TrunklineError) -> None:

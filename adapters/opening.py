@@ -16,9 +16,10 @@ from adapters.reconciliation import reconcile
 from adapters.registry import Registry
 from adapters.registry_file import demand_registry
 from adapters.reserve import Reserve
-from adapters.store import BlobStore
+from adapters.store import QUARANTINE, BlobStore
 
 REGISTRY = "registry.sqlite"
+BLOBS = "blobs"  # the folder of published files
 
 
 @dataclass
@@ -59,10 +60,10 @@ def _open_in_place(
     folder: Path, quota: int, reserve: Reserve
 ) -> tuple[BlobStore, Registry, Disk] | None:
     """None where even the reserve has no room for what SQLite writes to open a file."""
-    disk = Disk(folder, reserve, None)
-    store = BlobStore(folder / "blobs", quota, disk.admit_upload)
-    demand_registry(folder / REGISTRY, store)
+    disk = Disk(folder, reserve, None, folder / BLOBS / QUARANTINE)
+    store = BlobStore(folder / BLOBS, quota, disk.admit_upload)
     try:
+        reserve.spend(partial(demand_registry, folder / REGISTRY, store))
         return store, reserve.spend(partial(Registry, folder / REGISTRY)), disk
     except StorageFull:
         return None
@@ -71,8 +72,8 @@ def _open_in_place(
 def _open_copy(
     folder: Path, quota: int, reserve: Reserve, refused: OSError, opened: ExitStack
 ) -> tuple[BlobStore, Registry, Disk]:
-    disk = Disk(folder, reserve, refused)
-    store = BlobStore(folder / "blobs", quota, disk.admit_upload, make_folders=False)
+    disk = Disk(folder, reserve, refused, folder / BLOBS / QUARANTINE)
+    store = BlobStore(folder / BLOBS, quota, disk.admit_upload, make_folders=False)
     copy = Path(opened.enter_context(readonly.copy_registry(folder / REGISTRY))) / REGISTRY
     demand_registry(copy, store, shown=folder / REGISTRY)
     registry = Registry(copy, disk.admit_write)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from adapters.errors import InUse, ReadOnly
 from adapters.mark import mark_of
-from adapters.storage_errors import NO_WRITES, fault_of, reason
+from adapters.storage_errors import NO_WRITES, reason, refusal_to_write
 
 LOG_SUFFIX = "-wal"
 MEMORY = Path("/dev/shm")  # where a container has no other place for temporary files
@@ -29,7 +29,7 @@ def refusal(folder: Path, registry: Path) -> OSError | None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         return error if error.errno in NO_WRITES else None
-    fault = fault_of(folder)
+    fault = refusal_to_write(folder)
     if fault is not None and fault.errno in NO_WRITES:
         return fault
     if registry.exists() and not os.access(registry, os.W_OK, effective_ids=True):

@@ -83,7 +83,7 @@ def trunk_folders(folder: Path) -> list[Path]:
 
 
 def examine(folder: Path) -> Findings:
-    """What a start would find. Changes nothing. Raises StorageFull or ReadOnly."""
+    """What a start would find. Changes nothing. Raises StorageFull, ReadOnly or Unreadable."""
     state = inspect_registry(folder / "registry.sqlite")
     known = state.digests or set[str]()
     return Findings(folder, state, unnamed_files(BlobStore(folder / "blobs"), known))

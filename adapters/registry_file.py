@@ -11,10 +11,10 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapters import readonly
-from adapters.errors import ReadOnly, RegistryLost
+from adapters.errors import RegistryLost
 from adapters.inventory import Unnamed, unnamed_files
 from adapters.mark import mark_of, read_mark
+from adapters.storage_errors import PASSING, demand_readable, read_error
 from adapters.store import BlobStore
 from adapters.versions import parse_record
 
@@ -39,11 +39,16 @@ class RegistryState:
 
 
 def inspect_registry(path: Path) -> RegistryState:
-    """What can be known without a change of any file. Raises nothing for what it finds."""
+    """What can be known without a change of any file.
+
+    Raises nothing for what it finds; Unreadable where the system refuses a read for now, and
+    StorageFull where the disk has no room to look.
+    """
     state = RegistryState()
     try:
         state.mark = read_mark(mark_of(path))
     except OSError as error:
+        _demand_lasting(error)
         state.mark_fault = f"can't be read: {error.strerror}"
     try:
         state.exists = _has_bytes(path)
@@ -54,10 +59,17 @@ def inspect_registry(path: Path) -> RegistryState:
         elif state.exists:
             state.fault = _fault_of(path, state)
     except OSError as error:
+        _demand_lasting(error)
         state.exists = True
         name = Path(error.filename or path).name
         state.fault = f"can't be read: {name}: {error.strerror}"
     return state
+
+
+def _demand_lasting(error: OSError) -> None:
+    """Raises Unreadable for an error that may pass by itself."""
+    if error.errno in PASSING:
+        raise read_error(error, "the registry") from error
 
 
 def _has_bytes(path: Path) -> bool:
@@ -80,28 +92,10 @@ def _fault_of(path: Path, state: RegistryState) -> str | None:
         with closing(read_only(path)) as connection:
             return _broken(connection, state)
     except sqlite3.DatabaseError as error:
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF in (
-            sqlite3.SQLITE_FULL,
-            sqlite3.SQLITE_IOERR,
-        ):
-            return _fault_of_copy(path, state, error)
+        demand_readable(error, path.parent)
         if is_refusal_of_the_disk(error):
             return None if _takes_no_writes(path) else f"can't be opened: {error}"
         return f"is broken: {error}"
-
-
-def _fault_of_copy(path: Path, state: RegistryState, refusal: sqlite3.DatabaseError) -> str | None:
-    """An I/O error may be a full disk's: SQLite needs room beside a file that it reads."""
-    try:
-        with (
-            readonly.copy_registry(path) as folder,
-            closing(read_only(Path(folder) / path.name)) as connection,
-        ):
-            return _broken(connection, state)
-    except sqlite3.DatabaseError as error:
-        return f"is broken: {error}"
-    except ReadOnly:
-        return None if _takes_no_writes(path) else f"can't be opened: {refusal}"
 
 
 def read_only(path: Path) -> sqlite3.Connection:

@@ -8,6 +8,9 @@ CREATE TABLE IF NOT EXISTS blobs (
     damaged    INTEGER NOT NULL DEFAULT 0
 ) WITHOUT ROWID;
 
+-- /metrics counts the damaged ones; a record may be long, and a scan would read every one.
+CREATE INDEX IF NOT EXISTS damaged_blobs ON blobs (digest) WHERE damaged;
+
 CREATE TABLE IF NOT EXISTS versions (
     name       TEXT NOT NULL,
     number     INTEGER NOT NULL,

@@ -13,7 +13,7 @@ def fault_of(path: Path, digest: str) -> str | None:
     Raises OSError where it can't be read now, which says nothing about its bytes.
     """
     try:
-        found = digest_of(path)
+        found = file_digest(path)
     except FileNotFoundError:
         return "it is gone"
     if found is None:
@@ -21,7 +21,7 @@ def fault_of(path: Path, digest: str) -> str | None:
     return None if found == digest else "its bytes are not those of its digest"
 
 
-def digest_of(path: Path) -> str | None:
+def file_digest(path: Path) -> str | None:
     """The digest of a plain file, None of anything else. Raises OSError."""
     if not stat.S_ISREG(path.lstat().st_mode):
         return None

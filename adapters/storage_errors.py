@@ -20,13 +20,17 @@ from adapters.errors import ReadOnly, StorageFull, TrunklineError, Unreadable, U
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 NO_WRITES = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
-# Everything else is transient: EMFILE, ENFILE, EIO, ENOMEM, EINTR, ESTALE, ETIMEDOUT, EBUSY ...
+PASSING = frozenset({errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR})
+# Everything else is transient too, as ESTALE, ETIMEDOUT, EBUSY ...
 
 NOTHING_STORED = "nothing was stored"
 FULL_SENTENCE = f"the disk is full; {NOTHING_STORED}"
 RETRY_S, REPAIR_S = 1, 30  # Retry-After: of what passes by itself, of what a person repairs
 
 _PRIMARY = 0xFF  # of SQLite's extended result codes, the primary one
+_REFUSALS = frozenset(
+    {sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_FULL, sqlite3.SQLITE_NOMEM}
+)
 _MISUSE = frozenset({sqlite3.SQLITE_ERROR, sqlite3.SQLITE_MISUSE, sqlite3.SQLITE_RANGE})
 
 
@@ -109,7 +113,7 @@ def _registry_write_error(
         return StorageFull(FULL_SENTENCE)
     fault = None
     if code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY):
-        fault = fault_of(folder)
+        fault = refusal_to_write(folder)
     if fault is not None:
         return write_error(fault)
     if code == sqlite3.SQLITE_READONLY:
@@ -118,7 +122,24 @@ def _registry_write_error(
     return Unwritten(sentence, retry_after_s=RETRY_S)
 
 
-def fault_of(folder: Path) -> OSError | None:
+def demand_readable(error: sqlite3.DatabaseError, folder: Path) -> None:
+    """Returns where this error of a read says something about the database in `folder`.
+
+    Raises StorageFull where the disk has no room to read it, since SQLite makes a file beside it,
+    and Unreadable where the system refused the read for now. A short read is a file that was cut.
+    """
+    code = getattr(error, "sqlite_errorcode", 0)
+    if code & _PRIMARY not in _REFUSALS or code == sqlite3.SQLITE_IOERR_SHORT_READ:
+        return
+    refusal = refusal_to_write(folder)
+    if refusal is not None and refusal.errno in FULL:
+        raise StorageFull(FULL_SENTENCE) from error
+    if code & _PRIMARY != sqlite3.SQLITE_CANTOPEN:
+        sentence = f"the registry can't be read now: {_words(error)}"
+        raise Unreadable(sentence, retry_after_s=RETRY_S) from error
+
+
+def refusal_to_write(folder: Path) -> OSError | None:
     """What keeps a small file from being written in a folder, or None."""
     probe = folder / f".probe-{os.getpid()}"
     try:
@@ -138,5 +159,5 @@ def _is_ours(error: sqlite3.OperationalError) -> bool:
     return error.sqlite_errorcode & _PRIMARY in _MISUSE
 
 
-def _words(error: sqlite3.OperationalError | MemoryError) -> str:
+def _words(error: sqlite3.DatabaseError | MemoryError) -> str:
     return str(error) or os.strerror(errno.ENOMEM)

@@ -19,6 +19,7 @@ from adapters.storage_errors import read_error, reason, storage_errors
 
 log = logging.getLogger("trunkline.store")
 
+QUARANTINE = "quarantine"  # a folder within that of the published files
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EINVAL}
 
 
@@ -37,8 +38,7 @@ class Incoming:
     def __init__(self, path: Path, admit: Callable[[], None]) -> None:
         self.path = path
         self.bytes = 0
-        self.is_published = False  # it may have a name in the store: `BlobStore.publish`
-        self._kept = False
+        self._in_doubt = False  # it may have a name in the store that no commit has confirmed
         self._admit = admit
         admit()
         self._sha = hashlib.sha256()
@@ -73,9 +73,22 @@ class Incoming:
             os.fsync(self._file)
             sync_folder(self.path.parent)
 
-    def keep(self) -> None:
-        """Have `discard` leave the file: its twin in the store is thus known as unacknowledged."""
-        self._kept = True
+    @property
+    def is_in_doubt(self) -> bool:
+        """Whether its file may have a name in the store without a row in the registry."""
+        return self._in_doubt
+
+    def doubt(self) -> None:
+        """From now on `discard` leaves the upload's own name until `settle` is called.
+
+        A start knows a file in the store without a row as unacknowledged by this name; without it
+        the registry would seem to have lost the row.
+        """
+        self._in_doubt = True
+
+    def settle(self) -> None:
+        """Its name in the store was committed, or taken back."""
+        self._in_doubt = False
 
     def discard(self) -> None:
         """Close it and remove its name; what was stored has another.
@@ -86,7 +99,7 @@ class Incoming:
             file, self._file = self._file, -1
             with suppress(OSError):
                 os.close(file)
-            if not self._kept:
+            if not self._in_doubt:
                 with suppress(OSError):
                     self.path.unlink(missing_ok=True)
 
@@ -107,7 +120,7 @@ class BlobStore:
     ) -> None:
         self.folder, self.quota, self._admit = folder, quota, admit
         self.incoming_folder = folder / "incoming"
-        self.quarantine_folder = folder / "quarantine"
+        self.quarantine_folder = folder / QUARANTINE
         if make_folders:
             for each in (folder, self.incoming_folder, self.quarantine_folder):
                 _make_folder(each)
@@ -162,7 +175,7 @@ class BlobStore:
                 self._put_away(path)
                 was_there = False
             if not was_there:
-                incoming.is_published = True
+                incoming.doubt()
                 _link(incoming.path, path)
             sync_folder(self.folder)
             return Blob(incoming.digest, incoming.bytes, path.lstat().st_mtime_ns)

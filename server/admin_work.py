@@ -56,11 +56,10 @@ class AdminWork:
         self.loads = Places(LOADS, "loads")
         self.incoming = Places(UPLOADS, "uploads")
 
-    def close(self) -> None:
-        for threads in (self.registry, self.verify, self.diff):
-            threads.close()
-        for threads in (self.uploads, self.publish, self.convert):
-            threads.close()
+    async def close(self) -> None:
+        """At the end of the application."""
+        shared = (self.registry, self.verify, self.diff, self.uploads, self.publish, self.convert)
+        await asyncio.gather(*(threads.close() for threads in shared))
 
     async def call(
         self, request: Request, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs

@@ -216,10 +216,10 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     state.engine.start()
     yield
     await state.engine.stop()
-    app.state.turns.close()
-    state.admin.close()
-    app.state.builders.threads.close()
-    app.state.tokenizer_threads.close()
+    await app.state.turns.close()
+    await state.admin.close()
+    await app.state.builders.threads.close()
+    await app.state.tokenizer_threads.close()
     state.library.close()
     await asyncio.to_thread(state.at_end)
 

@@ -44,22 +44,22 @@ class FairWork:
         self._running: dict[str, int] = {}  # pieces of work that have begun, by key
         self._most_running = max(1, threads - 1)  # of a key
         self.rate = DrainRate()  # of cost
+        self._closed = False
 
     def waiting(self, key: str) -> int:
         """The number of pieces of work of this key that have not begun."""
         return len(self._lines.line(key))
 
-    def waiting_costs(self) -> dict[str, int]:
-        """The cost of what has not begun, by key."""
-        return self._lines.costs()
-
     async def run(self, key: str, work: Callable[[], T], cost: int = 1) -> T:
         """Returns what `work` returns, or raises what it raises; it sees the caller's contextvars.
 
-        Raises Overloaded if the key has `most_waiting` pieces of work waiting already. If the
+        Raises Overloaded if the key has `most_waiting` pieces of work waiting already, and
+        Draining once it is closed. If the
         awaiting task is cancelled, work that has not begun is dropped; what has begun is awaited
         first, so that nothing that it uses is released under it.
         """
+        if self._closed:
+            raise _stopping()
         if self.waiting(key) >= self._most_waiting:
             raise self._refusal(key)
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
@@ -73,12 +73,16 @@ class FairWork:
                 await _ended(future)
             raise
 
-    def close(self) -> None:
-        """Refuse what still waits, at the end of the application; what runs is left to end."""
+    async def close(self) -> None:
+        """Refuse what still waits, at the end of the application, and wait for what runs.
+
+        What runs uses the library, which is closed afterwards.
+        """
+        self._closed = True
         for task in self._lines.clear():
             if not task.future.done():
-                task.future.set_exception(Draining("the server is stopping", retry_after_s=5))
-        self._pool.shutdown(wait=False, cancel_futures=True)
+                task.future.set_exception(_stopping())
+        await asyncio.to_thread(self._pool.shutdown)
 
     def _refusal(self, key: str) -> Exception:
         """Its Retry-After is one round over the keys: after it, one piece of this key has begun."""
@@ -106,6 +110,10 @@ class FairWork:
         self.rate.note(task.cost, (time.monotonic() - began) / self._count)
         _pass_on(running, task.future)
         self._deal()
+
+
+def _stopping() -> Draining:
+    return Draining("the server is stopping", retry_after_s=5)
 
 
 async def _ended(future: asyncio.Future[Any]) -> None:

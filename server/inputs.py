@@ -27,10 +27,10 @@ class TokenizerThreads:
         self.texts = FairWork(THREADS, "tokenizer", MOST_WAITING)
         self.long_texts = FairWork(1, "long text", MOST_LONG_WAITING)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """At the end of the application."""
-        self.texts.close()
-        self.long_texts.close()
+        await self.texts.close()
+        await self.long_texts.close()
 
 
 @dataclass(frozen=True)

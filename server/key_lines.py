@@ -71,10 +71,6 @@ class KeyLines(Generic[Item]):
         self._lines.clear()
         return items
 
-    def costs(self) -> dict[str, int]:
-        """What waits of each key, summed."""
-        return {key: sum(item.cost for item in line) for key, line in self._lines.items()}
-
     def round_cost(self) -> int:
         """The cost of the first item of every key."""
         return sum(line[0].cost for line in self._lines.values())

@@ -4,10 +4,9 @@ import re
 
 _PATTERN = re.compile(r"[a-z0-9._/*?\[\]!-]+")
 _PREFIX = re.compile(r".*[a-z0-9._-]\*")
-_NAMESPACE = re.compile(r"([a-z0-9][a-z0-9._-]*)/\*")
 
 
-def fault_of(pattern: str) -> str | None:
+def pattern_fault(pattern: str) -> str | None:
     """Why no adapter's name can match the pattern; None where one can."""
     if _PATTERN.fullmatch(pattern):
         return None

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from adapters.backup_format import sync_folder
-from server.key_patterns import fault_of
+from server.key_patterns import pattern_fault
 from server.keys_mark import note_keys, put_back
 
 log = logging.getLogger("trunkline.keys")
@@ -240,7 +240,7 @@ def read_keys(path: Path) -> list[Key]:
 def new_key(path: Path, name: str, **wishes: Any) -> tuple[Key, str]:
     """Add a key to the file; the key and its secret, which is stored nowhere. Raises BadKeys."""
     for pattern in wishes.get("adapters", ()):
-        fault = fault_of(pattern)
+        fault = pattern_fault(pattern)
         if fault is not None:
             raise BadKeys(fault)
     identity = secrets.token_hex(6)

@@ -10,9 +10,9 @@ from server import __version__
 from server.keys import KeyRing
 from server.state import ServerState
 
-log = logging.getLogger("trunkline")
+REFUSED_WRITES = (ReadOnly.code, StorageFull.code)
 
-WRITES_OFF = (StorageFull.code, ReadOnly.code)
+log = logging.getLogger("trunkline")
 
 
 def observe(state: ServerState, keys: KeyRing) -> None:
@@ -41,14 +41,12 @@ def storage_faults(library: Library) -> dict[str, float]:
 
     A kind is there when its count is 0 too, so that an alert on it has a series to look at.
     """
-    return {
+    fault = library.disk.fault
+    counts: dict[str, float] = {
         "damaged": library.registry.damaged_count(),
         "unusable": len(library.unusable),  # files of the adapter folder
-        **{code: float(_refused_with(library) == code) for code in WRITES_OFF},
+        "quarantined": library.disk.quarantined,
     }
-
-
-def _refused_with(library: Library) -> str | None:
-    """The code that uploads get now because of the disk, None where it takes them."""
-    fault = library.disk.fault
-    return None if fault is None else fault.code
+    return counts | {
+        kind: float(fault is not None and fault.code == kind) for kind in REFUSED_WRITES
+    }

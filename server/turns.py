@@ -58,8 +58,9 @@ class Turns:
         with self._counted(body):
             return await self._parser.run(body.key, work, body.received)
 
-    def close(self) -> None:
-        self._parser.close()
+    async def close(self) -> None:
+        """At the end of the application."""
+        await self._parser.close()
 
     def _refuse_long_waits(self, key: str) -> None:
         """Until a key's own bytes are parsed, each other key is served as many at most."""

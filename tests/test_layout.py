@@ -125,7 +125,7 @@ OTHER_FILES = {  # whose own temporary files they unlink
     "adapters.backup._tar_at",
     "adapters.backup_format.drop",
     "adapters.reserve._give_up",  # the file that keeps space for deletes
-    "adapters.storage_errors.fault_of",  # its own probe
+    "adapters.storage_errors.refusal_to_write",  # its own probe
 }
 
 

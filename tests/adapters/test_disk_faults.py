@@ -169,12 +169,13 @@ def test_a_failing_read_is_no_damage_and_passes(
     bad = {turn: told for turn, told in outcomes.items() if "unexpected" in told}
     assert not bad
     faults = [turn for turn, told in outcomes.items() if told != "ok"]
-    assert len(faults) <= 1, outcomes
+    # strace counts the calls of each thread: the start's own, and the loader's.
+    assert len({turn.split()[0] for turn in faults}) == len(faults), outcomes
     assert faults or EVERY, "the call was not made: no fault was injected"
     assert all(outcomes[f"load again {name}"] == "ok" for name in "ab"), outcomes
     library = open_library(folder, tiny_backbone)
     try:
-        assert library.registry.damaged() == []
+        assert library.registry.damaged() == set()
         assert [named.name for named in library.registry.page()] == ["a", "b"]
         assert not any(library.store.quarantine_folder.iterdir())
     finally:

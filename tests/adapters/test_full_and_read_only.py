@@ -18,6 +18,9 @@ from adapters.format import adapter_bytes
 from adapters.library import Library, Upload
 from adapters.reserve import RESERVE_BYTES
 from model.checkpoint import read_backbone
+from server.observed import storage_faults
+
+NO_FAULTS = dict.fromkeys(("damaged", "unusable", "quarantined", "read_only", "storage_full"), 0)
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +119,7 @@ def assert_serves_without_writes(folder: Path, backbone: Path, file: bytes) -> N
         assert library.load("a@2", 30)[1]
         assert library.disk.fault
         assert library.disk.fault.code == "read_only"
+        assert storage_faults(library) == NO_FAULTS | {"read_only": 1}
         for write in (
             lambda: put(library, "c", file),
             lambda: library.remove("a", None, "test"),

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -154,6 +155,14 @@ def test_a_registry_of_before_is_taken_over_with_its_files_and_its_numbers(
             connection.execute(f"DROP TABLE {table}")
     registry.close()
     monkeypatch.setattr(history, "DELETED_NAMES", 0)
+
+    def refused() -> None:
+        raise ReadOnly("the data folder took no writes at the start")
+
+    shutil.copyfile(tmp_path / "old.sqlite", tmp_path / "copy.sqlite")
+    copy = Registry(tmp_path / "copy.sqlite", refused)  # as a start on a read-only disk opens it
+    assert copy.knows("gone", "sha256:seed")
+    copy.close()
     registry = Registry(tmp_path / "old.sqlite")
     assert rows(registry)["versions"] == 0
     assert registry.knows("gone", "sha256:seed")
@@ -214,7 +223,7 @@ def test_recovery_keeps_pins_and_the_numbers_of_names_that_are_gone(tmp_path: Pa
 def test_parsed_records_are_bounded_by_bytes_and_usage_by_names() -> None:
     parsed = ParsedTexts(len, most_bytes=100)
     assert [parsed("x" * size) for size in (60, 30, 60, 50, 1000)] == [60, 30, 60, 50, 1000]
-    assert len(parsed) == 1  # that of 50: the one beyond the bound drove nothing out
+    assert len(parsed) == 1  # the last within the bound: what is beyond it drives no other out
     assert parsed("y" * 90) == parsed("y" * 90) == 90
     assert len(parsed) == 1
     book = UsageBook(most=2)

@@ -7,6 +7,7 @@ and the ends of requests can meet, and whatever the point at which the process i
 import itertools
 import os
 import shutil
+import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -241,3 +242,26 @@ def test_the_search_finds_an_unlink_outside_of_the_transaction(
     operations = [Race.put_bytes_of_its_own_on_a_full_disk, Race.put_these_bytes_too]
     with pytest.raises(AssertionError, match="gone"):
         every_schedule(lambda choices: race(folder, operations, choices, kills=False))
+
+
+@pytest.mark.usefixtures("late_faults")
+def test_a_failed_upload_that_can_t_be_taken_back_keeps_no_start_from_serving(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the error is: the file must not look like one whose row the registry has lost."""
+
+    def broken(self: Registry) -> None:
+        raise sqlite3.DatabaseError("database disk image is malformed")
+
+    work = tmp_path / "work"
+    shutil.copytree(folder, work)
+    library = open_library(work)
+    with monkeypatch.context() as patch:
+        patch.setattr(Registry, "supersede", broken)
+        with pytest.raises(StorageFull):
+            publish(library, "full", 4)
+    library.close()
+    again = open_library(work)
+    assert_sound(again, {"taken": again.version("taken").digest}, set())
+    assert len(list(again.store.quarantine_folder.iterdir())) == 1
+    again.close()

@@ -205,8 +205,12 @@ def test_a_failed_load_is_told_to_those_who_wait_and_tried_again_later(pools, mo
     pool = pools(3, read)
     with pytest.raises(Damaged):
         pool.load_now(digest(1), 10)
-    with pytest.raises(Damaged):
+    with pytest.raises(Damaged) as told:
         pool.hold(digest(1))
+    told.value.details["adapter"] = "acme/secret"  # as admission does for its own request
+    with pytest.raises(Damaged) as other:
+        pool.want(digest(1))
+    assert (other.value.message, other.value.details) == ("the file is damaged", {})
     broken = False
     later = time.monotonic() + FAILURE_S
     monkeypatch.setattr("adapters.load_failures.time.monotonic", lambda: later)

@@ -141,6 +141,22 @@ def test_files_and_targets_named_are_there(page: str) -> None:
         assert (ROOT / path).exists(), path
 
 
+def test_tests_and_modules_named_are_there() -> None:
+    """A name that ends in an ellipsis is the beginning of one."""
+    sources = {path: path.read_text("utf-8") for path in (ROOT / "tests").rglob("*.py")}
+    tests = re.findall(r"^ *(?:async )?def (test_\w+)", "\n".join(sources.values()), re.MULTILINE)
+    files = {path.name for path in sources}
+    for document in (*DOCS.glob("*.md"), *ROOT.glob("*.md")):
+        text = document.read_text("utf-8")
+        for name, cut in re.findall(r"`(test_\w+)(…?)`", text):
+            known = any(test.startswith(name) for test in tests) if cut else name in tests
+            assert known, f"{document.name} names {name}"
+        for name in re.findall(r"`(test_\w+\.py)`", text):
+            assert name in files, f"{document.name} names {name}"
+        for path in re.findall(r"`((?:adapters|model|server|tests)/[\w/]+\.py)`", text):
+            assert (ROOT / path).exists(), f"{document.name} names {path}"
+
+
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     if importlib.util.find_spec("mkdocs") is None:
         pytest.skip("the extra docs is not installed: no mkdocs")

@@ -39,7 +39,7 @@ class Bench:
     async def finish(self) -> list[str]:
         self.gate.set()
         await asyncio.gather(*self.tasks, return_exceptions=True)
-        self.fair.close()
+        await self.fair.close()
         return self.order
 
 
@@ -130,7 +130,7 @@ def test_contextvars_results_and_errors_pass_through() -> None:
         assert await fair.run("a", WORD.get) == "kept"
         with pytest.raises(ZeroDivisionError):
             await fair.run("a", lambda: 1 // 0)
-        fair.close()
+        await fair.close()
 
     asyncio.run(run())
 
@@ -139,9 +139,14 @@ def test_the_end_of_the_app_refuses_what_waits() -> None:
     async def run() -> None:
         bench = Bench()
         tasks = await bench.ask("a", 2)
-        bench.fair.close()
+        closed = asyncio.ensure_future(bench.fair.close())
         await asyncio.gather(*tasks, return_exceptions=True)
         assert all(isinstance(task.exception(), Draining) for task in tasks)
+        with pytest.raises(Draining):
+            await bench.fair.run("b", lambda: None)
+        assert not closed.done()  # the first piece runs, and may use what is closed next
+        bench.gate.set()
+        await closed
         assert await bench.finish() == []
 
     asyncio.run(run())

@@ -157,7 +157,7 @@ def test_the_parser_serves_keys_by_their_bytes_and_refuses_a_backlog_of_the_keys
         gate.set()
         await asyncio.gather(*tasks)
         assert order[:6] == ["first", "quiet 0", "flood 0", "quiet 1", "quiet 2", "quiet 3"]
-        turns.close()
+        await turns.close()
 
     asyncio.run(run())
 
