@@ -21,7 +21,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 MOST_WAITING = 256  # short pieces of work of a key
-VERIFICATIONS, DIFFS, LOADS, UPLOADS = 16, 16, 128, 64  # at a time; one key alone gets half
+# At a time; one key alone gets half.
+VERIFICATIONS, DIFFS, LOADS, UPLOADS, DOWNLOADS = 16, 16, 128, 64, 64
 
 
 class Stop:
@@ -55,6 +56,7 @@ class AdminWork:
         self.diffs = Places(DIFFS, "diffs")
         self.loads = Places(LOADS, "loads")
         self.incoming = Places(UPLOADS, "uploads")
+        self.downloads = Places(DOWNLOADS, "downloads")
 
     async def close(self) -> None:
         """At the end of the application."""

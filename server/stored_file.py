@@ -5,6 +5,7 @@ import base64
 import hashlib
 import logging
 import os
+from contextlib import ExitStack
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -28,12 +29,17 @@ class StoredFile(Response):
     whole one, since the connection closes before Content-Length is reached.
     """
 
-    def __init__(self, store: BlobStore, version: Version) -> None:
-        """Raises Damaged where the file is gone, Unreadable where it can't be opened now."""
+    def __init__(self, store: BlobStore, version: Version, held: ExitStack) -> None:
+        """`held` is closed when the answer has ended.
+
+        Raises Damaged where the file is gone, Unreadable where it can't be opened now.
+        """
         super().__init__(headers=_headers(version), media_type="application/octet-stream")
         self.headers["content-length"] = str(version.bytes)
         self._version = version
         self._file = store.open(version.digest)
+        self._held = held
+        held.callback(os.close, self._file)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -44,7 +50,7 @@ class StoredFile(Response):
             else:
                 await self._send_bytes(send)
         finally:
-            os.close(self._file)
+            self._held.close()
 
     async def _send_bytes(self, send: Send) -> None:
         hashed = hashlib.sha256()

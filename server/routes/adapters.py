@@ -1,6 +1,7 @@
 """/adapters: upload, list, promote, download, delete."""
 
 import re
+from contextlib import ExitStack
 from dataclasses import asdict
 
 from fastapi import APIRouter, Depends
@@ -29,7 +30,7 @@ from server.bodies import read_json
 from server.building import built, hold_answer
 from server.conditions import condition_of, etag, not_modified
 from server.engine.errors import BadInput, Draining
-from server.guard import caller_of, check_adapter, patterns_of
+from server.guard import caller_of, check_adapter, key_of, patterns_of
 from server.json_pieces import Items
 from server.query import Query
 from server.routes import adapter_documents as says
@@ -210,7 +211,13 @@ async def get_file(request: Request, name: str) -> Response:
     known = not_modified(condition, version.number, CACHED)
     if known is not None:
         return known
-    return await state_of(request).admin.call(request, StoredFile, library.store, version)
+    admin, held = state_of(request).admin, ExitStack()
+    held.enter_context(admin.downloads.take(key_of(request)))  # a descriptor each
+    try:
+        return await admin.call(request, StoredFile, library.store, version, held)
+    except BaseException:
+        held.close()
+        raise
 
 
 @router.put(

@@ -26,7 +26,7 @@ from server.building import built
 from server.engine.errors import BadInput
 from server.engine.job import Ask
 from server.errors import RequestError
-from server.guard import caller_of, may_use
+from server.guard import caller_of, may_use, patterns_of
 from server.locating import Place
 from server.named_path import reference_of
 from server.number_formats import packed
@@ -146,14 +146,10 @@ async def models(request: Request) -> Response:
     named = reference_of(request.scope)
     if named is not None:
         return JSONAnswer({"object": "list", "data": [_model_of(request, named)]})
-    created = await state.admin.call(request, state.library.registry.creation_times)
+    patterns = patterns_of(request) or ("*",)
+    created = await state.admin.call(request, state.library.registry.creation_times, patterns)
     data = [_model(state.backbone.id, state.started)]
-    caller = caller_of(request)
-    data += [
-        _model(name, at)
-        for name, at in created.items()
-        if caller is None or caller.key.may_use(name)
-    ]
+    data += [_model(name, at) for name, at in created.items()]
     return JSONAnswer({"object": "list", "data": data})
 
 

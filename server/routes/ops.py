@@ -1,6 +1,5 @@
 """Health, readiness, metrics, and what is served."""
 
-import asyncio
 import time
 from dataclasses import asdict
 from typing import Any
@@ -135,8 +134,8 @@ async def _adapter_counts(request: Request) -> dict[str, Any]:
     if confined is None:
         slots, leases = asdict(library.slots.stats()), library.leases.total
         return {"adapters": library.registry.count(), "slots": slots, "leases": leases}
-    names = await asyncio.to_thread(library.registry.creation_times)
-    own = [name for name in names if confined.key.may_use(name)]
+    patterns = confined.key.adapters
+    own = await state_of(request).admin.call(request, library.registry.creation_times, patterns)
     return {"adapters": len(own), "leases": sum(map(library.leases.of_name, own))}
 
 

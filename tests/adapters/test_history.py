@@ -11,6 +11,7 @@ import pytest
 from adapters import history
 from adapters.errors import ReadOnly
 from adapters.history import bucket_of
+from adapters.listing import matching
 from adapters.pin_table import PinTable
 from adapters.records import ParsedTexts
 from adapters.recovery import accept_loss, examine
@@ -232,3 +233,15 @@ def test_parsed_records_are_bounded_by_bytes_and_usage_by_names() -> None:
     assert book.values(of_last_use=False) == {"b": 1, "c": 2}
     book.forget("c")
     assert book.of("c").requests == 0
+
+
+def test_a_tenants_own_names_are_found_without_reading_others(registry: Registry) -> None:
+    """Else the time of its lists would tell how many names there are."""
+    for name in ("acme/a", "acme/b", "beta/a"):
+        put(registry, name)
+    for patterns in (("acme/*",), ("acme/*", "acme-2/*")):
+        assert list(registry.creation_times(patterns)) == ["acme/a", "acme/b"]
+        matches, values = matching(patterns)
+        query = f"EXPLAIN QUERY PLAN SELECT s.name FROM versions s WHERE {matches}"
+        plan = [row[3] for row in registry.rows(query, *values)]
+        assert not any(step.startswith("SCAN") for step in plan), plan

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -188,7 +189,7 @@ def test_head_reads_no_byte_of_the_file(tmp_path: Path) -> None:
     sent: list[dict[str, Any]] = []
 
     async def answer(scope: Any, receive: Any, send: Any) -> None:
-        await StoredFile(store, version)(scope, receive, send)
+        await StoredFile(store, version, ExitStack())(scope, receive, send)
 
     async def send(message: Any) -> None:
         sent.append(message)

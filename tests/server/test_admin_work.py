@@ -3,7 +3,7 @@
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -222,3 +222,27 @@ def test_places_are_shared_by_key_and_there_is_always_one_for_another() -> None:
     for place in held:
         place.__exit__(None, None, None)
     assert places.held == 0
+
+
+def test_downloads_are_bounded_by_key_and_give_their_places_back(
+    tiny_backbone: Path, tmp_path: Path
+) -> None:
+    """Each has a file descriptor open until its client has read it."""
+
+    async def run() -> None:
+        async with site(tiny_backbone, tmp_path) as at:
+            places = at.app.state.server.admin.downloads
+            flood = at.secrets["flood"].split("_")[1]
+            with ExitStack() as unread:
+                with suppress(Overloaded):
+                    for _ in range(FLOOD):
+                        unread.enter_context(places.take(flood))
+                path = "/adapters/plain/file"
+                assert (await at.ask("flood", "GET", path)).status_code == 503
+                for method in ("GET", "HEAD", "GET"):
+                    assert (await at.ask("quiet", method, path)).status_code == 200
+                gone = await at.ask("quiet", "GET", "/adapters/none/file")
+                assert gone.status_code == 404
+            assert places.held == 0
+
+    asyncio.run(run())
