@@ -30,6 +30,7 @@ class DataFolder:
     registry: Registry
     disk: Disk
     reserve: Reserve
+    lock: int  # descriptor; the lock ends with it
     close: Callable[[], None]
 
 
@@ -53,7 +54,7 @@ def open_folder(folder: Path, quota: int, reserve_bytes: int) -> DataFolder:
         opened.callback(registry.close)
         reconcile(store, registry)
         opened.callback(disk.close)
-        return DataFolder(store, registry, disk, reserve, opened.pop_all().close)
+        return DataFolder(store, registry, disk, reserve, lock, opened.pop_all().close)
 
 
 def _open_in_place(

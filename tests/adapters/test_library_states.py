@@ -252,7 +252,7 @@ class LibraryStates(RuleBasedStateMachine):
         crashed._housekeeper.shutdown()
         crashed.slots.close()
         crashed.registry.close()
-        os.close(crashed._lock_file)
+        os.close(crashed._folder.lock)
         (self.folder / "blobs" / "incoming" / "half").write_bytes(b"half an upload")
         self.open()
         assert not any((self.folder / "blobs" / "incoming").iterdir())
