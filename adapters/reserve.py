@@ -37,6 +37,7 @@ class Reserve:
         self._path = path
         self.size = min(size, _disk_bytes(path.parent) // LARGEST_SHARE)
         self._lock = threading.Lock()
+        self._was_spent = False
         self.whole = self._held_bytes() >= self.size
 
     def spend(self, write: Callable[[], T]) -> T:
@@ -64,7 +65,8 @@ class Reserve:
                     self._allocate(wanted)
                 self.whole = self._held_bytes() >= self.size
                 if self.whole:
-                    log.info("%d bytes are kept in reserve for deletes", self.size)
+                    level = logging.INFO if self._was_spent else logging.DEBUG
+                    log.log(level, "%d bytes are kept in reserve for deletes", self.size)
             return self.whole
 
     def _give_up(self) -> bool:
@@ -76,6 +78,7 @@ class Reserve:
             if self.size:
                 self.whole = False
         if had_some:
+            self._was_spent = True
             log.warning("the disk is full: the reserve of %d bytes is given up", self.size)
         return had_some
 

@@ -17,7 +17,7 @@ FEWEST = 16  # connections, also where the limit is too low for both
 
 
 def most_connections() -> int:
-    """By the limit of this process and the descriptors that it has open now; logged."""
+    """By the limit of this process and the descriptors that it has open now; logged, as a warning where they are few."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit == resource.RLIM_INFINITY:
         limit = 1 << 20
@@ -25,7 +25,7 @@ def most_connections() -> int:
     kept = min(KEPT_FOR_FILES, max(0, left) // 2)
     most = max(FEWEST, left - kept)
     sentence = "%d connections at most: of the %d file descriptors allowed, %d are kept for files"
-    level = logging.INFO if kept == KEPT_FOR_FILES else logging.WARNING
+    level = logging.DEBUG if kept == KEPT_FOR_FILES else logging.WARNING
     log.log(level, sentence, most, limit, kept)
     return most
 

@@ -1,5 +1,6 @@
 """A server without file descriptors: nothing is marked damaged, nothing spins, and it recovers."""
 
+import itertools
 import os
 import resource
 import socket
@@ -55,9 +56,11 @@ def many_connections(at: str, count: int) -> Iterator[list[socket.socket]]:
 
 @contextmanager
 def out_of_descriptors(adapters: Adapters) -> Iterator[None]:
-    """No descriptor can be opened in the block; what is open stays so."""
+    """As where all are in use: no descriptor can be opened in the block unless one is closed."""
     pid = adapters.served.process.pid
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (1, FILES))
+    used = {int(path.name) for path in Path(f"/proc/{pid}/fd").iterdir()}
+    free = next(number for number in itertools.count() if number not in used)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (free, FILES))
     try:
         yield
     finally:
