@@ -17,7 +17,10 @@ FEWEST = 16  # connections, also where the limit is too low for both
 
 
 def most_connections() -> int:
-    """By the limit of this process and the descriptors that it has open now; logged, as a warning where they are few."""
+    """By the limit of this process and the descriptors that it has open now; logged.
+
+    It is a warning where the limit is too low to keep descriptors for files.
+    """
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit == resource.RLIM_INFINITY:
         limit = 1 << 20

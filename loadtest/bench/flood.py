@@ -2,9 +2,9 @@
 
     python -m loadtest.bench.flood [--window 8] [--together] [--slots 0] [--out fairness]
 
-A server of its own (the bench's small trunk, 201 adapters, two API keys) is asked by the quiet key
-at QUIET_RATE requests a second, of one row each, under an adapter that no one else asks for: first
-alone, then while the other key floods over each number of adapters in ADAPTERS, in both WAYS:
+A server of its own (a narrow trunk, 201 adapters, two API keys) is asked by the quiet key for
+QUIET_SHARE of what the server can do one request after another, at most MOST_QUIET requests a
+second, of one row each, under an adapter that no one else asks for: first alone, then while the other key floods over each number of adapters in ADAPTERS, in both WAYS:
 
 * 24 connections, each of which sends its next request as soon as it has an answer, or a refusal;
 * one request of ROWS rows after another, each over all of the adapters at once (a fan-out).
@@ -21,6 +21,7 @@ import math
 import random
 import re
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from matplotlib.figure import Figure
 from loadtest.bench.client import Connection, Question, Sent, ask_one, get, on_loop, open_loop, post
 from loadtest.bench.offered import DEADLINE_MS
 from loadtest.bench.overload import cores
-from loadtest.bench.plan import QUICK, SHAPES, Plan
+from loadtest.bench.plan import QUICK, Plan, Shape
 from loadtest.bench.process import Running, on_cores, trunkline
 from loadtest.bench.registered import full_files, name_of, register, server_arguments, write_trunk
 from loadtest.bench.trunk import Trunk
@@ -46,7 +47,9 @@ QUIET_ADAPTER = 200  # its number
 CONNECTIONS, FAN_OUT = "24 connections", "fan-out requests"
 WAYS = (CONNECTIONS, FAN_OUT)
 FLOODING = {CONNECTIONS: 24, FAN_OUT: 1}  # connections
-QUIET_RATE = 20.0  # requests a second
+QUIET_SHARE = 0.1  # far below the half that is the key's part beside one other
+MOST_QUIET, FEWEST_QUIET = 20.0, 1.0  # requests a second
+SHAPE = Shape(128, 2, 4, (8,))  # narrow: the queue is what is measured, not the device
 TOKENS = 64  # of a row
 ROWS = {CONNECTIONS: 32, FAN_OUT: 2048}  # of a flooding request
 FILL_S = 2.0  # before what counts
@@ -97,11 +100,16 @@ def measure(
     loud, quiet, metrics_key = keys
     asked = [_question(trunk, quiet, [QUIET_ADAPTER], 1, seed) for seed in range(16)]
     _load(server, trunk, loud, max(adapters))
-    on_loop(_quiet(server, asked, 2.0))  # its first batches
-    sent = on_loop(_quiet(server, asked, window_s))
+    on_loop(_quiet(server, asked, FEWEST_QUIET, 5.0))  # its first batches
+    began = time.monotonic()
+    for each in asked:
+        on_loop(ask_one(server, each.request))
+    one_s = (time.monotonic() - began) / len(asked)
+    rate = min(MOST_QUIET, max(FEWEST_QUIET, QUIET_SHARE / one_s))
+    sent = on_loop(_quiet(server, asked, rate, window_s))
     alone = sorted(each.seconds for each in sent)
     cases = [
-        on_loop(_beside(server, metrics_key, asked, flood, way, count, window_s))
+        on_loop(_beside(server, metrics_key, asked, rate, flood, way, count, window_s))
         for way, count in itertools.product(ways, adapters)
         for flood in [_flood(trunk, loud, way, count)]
     ]
@@ -129,9 +137,11 @@ def _question(trunk: Trunk, key: str, adapters: Sequence[int], rows: int, seed: 
     return post("/encode", body, "application/octet-stream", TOKENS * rows * len(names), key)
 
 
-async def _quiet(server: Running, asked: Sequence[Question], window_s: float) -> list[Sent]:
+async def _quiet(
+    server: Running, asked: Sequence[Question], rate: float, window_s: float
+) -> list[Sent]:
     """An open loop at an even rate."""
-    dues = [number / QUIET_RATE for number in range(round(window_s * QUIET_RATE))]
+    dues = [number / rate for number in range(round(window_s * rate))]
     return await open_loop(server, asked, dues, random.Random(0))
 
 
@@ -139,6 +149,7 @@ async def _beside(
     server: Running,
     metrics_key: str,
     asked: Sequence[Question],
+    rate: float,
     flood: Sequence[Question],
     way: str,
     adapters: int,
@@ -158,7 +169,7 @@ async def _beside(
     tasks = [asyncio.create_task(keep_asking()) for _ in range(FLOODING[way])]
     await asyncio.sleep(FILL_S)
     before = await _batches(server, metrics_key)
-    sent = await _quiet(server, asked, window_s)
+    sent = await _quiet(server, asked, rate, window_s)
     batches, seconds, tokens = (
         b - a for a, b in zip(before, await _batches(server, metrics_key), strict=True)
     )
@@ -200,7 +211,7 @@ def run(
     """On a server of its own, with `settings` as flags of `trunkline serve`."""
     dtype = choose_dtype("auto", choose_device("cpu"))
     with tempfile.TemporaryDirectory(prefix="trunkline-flood-") as scratch:
-        plan = Plan("small", SHAPES["small"], "auto", dtype, 0, QUICK, Path(scratch), None)
+        plan = Plan("narrow", SHAPE, "auto", dtype, 0, QUICK, Path(scratch), None)
         trunk = Trunk(plan.shape.config(), dtype)
         folder = write_trunk(plan.scratch / "trunk", trunk)
         data = plan.scratch / "data"
