@@ -4,7 +4,8 @@
 
 A server of its own (a narrow trunk, 201 adapters, two API keys) is asked by the quiet key for
 QUIET_SHARE of what the server can do one request after another, at most MOST_QUIET requests a
-second, of one row each, under an adapter that no one else asks for: first alone, then while the other key floods over each number of adapters in ADAPTERS, in both WAYS:
+second, of one row each, under an adapter that no one else asks for: first alone, then while the
+other key floods over each number of adapters in ADAPTERS, in both WAYS:
 
 * 24 connections, each of which sends its next request as soon as it has an answer, or a refusal;
 * one request of ROWS rows after another, each over all of the adapters at once (a fan-out).
