@@ -29,6 +29,7 @@ from adapters.backup_format import (
 NEEDED = """SELECT DISTINCT b.digest, b.mtime_ns FROM blobs b JOIN versions v ON v.digest = b.digest
     WHERE v.deleted_at IS NULL"""
 _STAGE, _ASIDE = ".restore-", "replaced-"
+UNFINISHED = ".restore-unfinished"  # is there from the first rename to the last
 _NOT_DATA = {"lost+found"}  # of a file system's root
 
 
@@ -203,7 +204,13 @@ def _hand_to_owner(stage: Path, data: Path) -> None:
 
 
 def _put_in_place(stage: Path, data: Path, before: list[Path]) -> Path | None:
-    """Keys first: at no moment are there adapters without the keys that guard them."""
+    """Keys first: at no moment are there adapters without the keys that guard them.
+
+    A stop in between leaves UNFINISHED behind, and with it no server starts.
+    """
+    unfinished = data / UNFINISHED
+    unfinished.touch(mode=0o600)
+    sync_folder(data)
     aside = _move_aside(stage, data, before) if before else None
     for name in (KEYS_MARK, KEYS):
         if (stage / name).exists():
@@ -212,7 +219,19 @@ def _put_in_place(stage: Path, data: Path, before: list[Path]) -> Path | None:
     for path in sorted(stage.iterdir()):
         os.rename(path, data / path.name)
     sync_folder(data)
+    unfinished.unlink()
+    sync_folder(data)
     return aside
+
+
+def cut_off(data: Path) -> str | None:
+    """The sentence for a data folder whose restore was cut off, else None."""
+    if not (data / UNFINISHED).exists():
+        return None
+    return (
+        f"a restore into {data} was cut off, and the folder is neither what it was nor the backup; "
+        f"nothing was deleted: `trunkline restore BACKUP {data} --replace` does it again"
+    )
 
 
 def _move_aside(stage: Path, data: Path, before: list[Path]) -> Path:

@@ -21,6 +21,7 @@ from adapters.errors import TrunklineError
 from adapters.host_tier import HostTier
 from adapters.library import Library
 from adapters.reserve import RESERVE_BYTES
+from adapters.restore import cut_off
 from adapters.slots import SlotPool
 from model.checkpoint import Backbone, read_backbone
 from model.demo import FOLDER as DEMO_BACKBONE
@@ -101,6 +102,7 @@ def create_app(settings: Settings) -> FastAPI:
     dtype = choose_dtype(settings.dtype, device)
     keys = settings.keys or (settings.data_dir or default_data_dir()) / "keys.json"
     app.state.keys = KeyRing(keys)
+    _demand_whole_data(settings)
     _demand_known_keys(settings, app.state.keys)
     backbone = read_backbone(settings.backbone or DEMO_BACKBONE)
     forward = Forward(backbone, dtype, device, int8=settings.dtype == "int8")
@@ -134,6 +136,13 @@ def create_app(settings: Settings) -> FastAPI:
     noted = RequestContext(inner, state.metrics, lambda: state.draining)
     app.middleware_stack = Paths(Proxies(noted, settings.trusted_proxies), settings.root_path)
     return app
+
+
+def _demand_whole_data(settings: Settings) -> None:
+    """Raises BadSettings for a data folder whose restore was cut off."""
+    fault = cut_off(settings.data_dir or default_data_dir())
+    if fault is not None:
+        raise BadSettings(fault)
 
 
 def _demand_known_keys(settings: Settings, keys: KeyRing) -> None:

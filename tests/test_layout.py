@@ -124,6 +124,7 @@ OTHER_FILES = {  # whose own temporary files they unlink
     "adapters.backup._snapshot",  # of the backup that is being written
     "adapters.backup._tar_at",
     "adapters.backup_format.drop",
+    "adapters.restore._put_in_place",  # the mark that it is not done yet
     "adapters.reserve._give_up",  # the file that keeps space for deletes
     "adapters.storage_errors.refusal_to_write",  # its own probe
 }

@@ -1,6 +1,7 @@
 """`trunkline backup` beside a running server, and `trunkline restore`: docs/operations.md."""
 
 import itertools
+import os
 import shutil
 import sqlite3
 import stat
@@ -11,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -19,6 +21,7 @@ from bad_files import set_bytes
 from click.testing import CliRunner
 from conftest import Serve, Served
 
+from adapters import restore as restoring
 from adapters.registry import Registry
 from server.cli import main
 from server.keys import new_key, read_keys, revoke_key
@@ -273,6 +276,35 @@ def test_a_key_that_was_revoked_after_the_backup_is_named(site: Site, tmp_path: 
     (key,) = read_keys(data / "keys.json")
     revoke_key(data / "keys.json", key.id)
     assert f"revoke {key.id}" in trunkline("restore", site.folder, data, "--replace")
+
+
+def test_a_restore_that_is_cut_off_at_any_rename_opens_no_server_and_can_be_done_again(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut, data = 0, tmp_path / "data"
+    trunkline("restore", site.folder, data)
+    renames = {name: getattr(os, name) for name in ("rename", "replace", "link")}
+    while True:
+        left = cut
+
+        def unless_cut_off(name: str, *paths: Path) -> None:
+            nonlocal left
+            if left == 0:
+                raise KeyboardInterrupt
+            left -= 1
+            renames[name](*paths)
+
+        with monkeypatch.context() as patched:
+            for name in renames:
+                patched.setattr(restoring.os, name, partial(unless_cut_off, name))
+            done = CliRunner().invoke(main, ["restore", str(site.folder), str(data), "--replace"])
+        if done.exit_code == 0:
+            break
+        assert "was cut off" in str(restoring.cut_off(data)), cut
+        cut += 1
+    assert cut > 2
+    assert restoring.cut_off(data) is None
+    assert (data / "keys.json").read_bytes() == (site.folder / "keys.json").read_bytes()
 
 
 def test_neither_command_imports_torch() -> None:
