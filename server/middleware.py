@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.connection import CLIENT, Client
 from server.errors import CODE
 from server.logs import FACTS, REQUEST_ID
 from server.metrics import Metrics
@@ -44,7 +45,8 @@ class RequestContext:
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
                 # The rest of a late body may never come; a kept connection would end, maybe under
                 # its next request, with the drain window.
-                if status == HTTPStatus.REQUEST_TIMEOUT or self.draining():
+                unread = status == HTTPStatus.SERVICE_UNAVAILABLE and _has_unread_body(scope)
+                if status == HTTPStatus.REQUEST_TIMEOUT or unread or self.draining():
                     message["headers"].append((b"connection", b"close"))
             await send(message)
 
@@ -83,3 +85,9 @@ def request_id_of(scope: Scope) -> bytes:
             sane: bytes = value
             return sane
     return secrets.token_hex(16).encode()
+
+
+def _has_unread_body(scope: Scope) -> bool:
+    """Whether more of the request is to come: its client may send it for ever."""
+    client: Client | None = scope.get(CLIENT)
+    return client is not None and not client.sent_all

@@ -94,7 +94,7 @@ def assert_says(adapters: Adapters, code: str, words: str) -> None:
     assert storage["message"] in adapters.served.log.read_text()
     metrics = adapters.client.get("/metrics").text
     assert f'trunkline_storage_faults{{kind="{code}"}} 1.0' in metrics
-    assert metrics.count("trunkline_storage_faults{") == 4
+    assert metrics.count("trunkline_storage_faults{") == 5
 
 
 def test_a_full_disk_takes_deletes_and_a_start_on_it_or_without_writes_serves(

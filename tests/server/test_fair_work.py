@@ -63,7 +63,7 @@ def test_long_work_of_one_key_does_not_fill_all_threads() -> None:
             assert await asyncio.wait_for(fair.run("b", lambda: "short"), 30) == "short"
         gate.set()
         await asyncio.gather(*long)
-        fair.close()
+        await fair.close()
 
     asyncio.run(run())
 

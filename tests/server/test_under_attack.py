@@ -45,7 +45,7 @@ from tests.server import test_bad_bodies as bodies
 from tests.server import test_heads as heads
 
 ATTACK_S = float(os.environ.get("ATTACK_S", "0.0"))
-SLOW_CLIENTS = 50  # of each kind
+SLOW_CLIENTS = 30  # of each kind: one key may have 32 uploads under way
 CAP = 8 << 20  # of a file: what a busy machine too receives in time
 LIMITS = {
     "--max-adapter-bytes": CAP,
