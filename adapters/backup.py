@@ -32,8 +32,8 @@ from adapters.backup_format import (
     StoredFile,
     TarSink,
     in_memory,
-    sync_folder,
 )
+from adapters.folders import sync_folder
 from adapters.mark import mark_of
 
 SNAPSHOTS = 20  # deletes between a snapshot and the copy of a file; then the disk is at fault

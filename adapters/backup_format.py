@@ -162,14 +162,6 @@ def write_synced(path: Path, file: IO[bytes]) -> StoredFile:
     return reader.stored
 
 
-def sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 class Source(Protocol):
     """Where a backup is read from."""
 

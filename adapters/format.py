@@ -82,7 +82,7 @@ def read_header(path: Path) -> Header:
 
 
 def _parse_header(first: bytes | bytearray, size: int) -> Header:
-    """Of a file of `size` bytes, from its first ones: all of the header at least."""
+    """The header of a file of `size` bytes; `first` are its first bytes, with the whole header."""
     length = header_length(first)
     if length > size - 8:
         raise Invalid("truncated", "the header is said to be longer than the file")

@@ -11,6 +11,8 @@ import threading
 import zlib
 from pathlib import Path
 
+from adapters.folders import sync_folder
+
 log = logging.getLogger("trunkline.mark")
 
 SLOT = 512  # bytes: what a disk writes whole or not at all
@@ -76,11 +78,7 @@ class Mark:
         slot = b"%020d %s" % (self.number, _checksum(b"%020d" % self.number))
         os.pwrite(self._file, slot.ljust(SLOT - 1) + b"\n" + slot.ljust(SLOT - 1) + b"\n", 0)
         os.fsync(self._file)
-        folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_folder(self.path.parent)
 
     def note(self, number: int) -> None:
         """Have the number on the disk when this returns."""

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from adapters import readonly
 from adapters.disk import Disk
-from adapters.errors import InUse, ReadOnly, StorageFull
+from adapters.errors import ReadOnly, StorageFull
+from adapters.folders import take_lock
 from adapters.reconciliation import reconcile
 from adapters.registry import Registry
 from adapters.registry_file import demand_registry
@@ -89,9 +90,5 @@ def lock_folder(folder: Path) -> int:
         descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise ReadOnly(f"{folder} can't be written: {error.strerror}") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise InUse(f"another server uses {folder}; give this one a --data folder") from error
+    take_lock(descriptor, fcntl.LOCK_EX, folder)
     return descriptor

@@ -12,7 +12,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from adapters.errors import InUse, ReadOnly
+from adapters.errors import ReadOnly
+from adapters.folders import take_lock
 from adapters.mark import mark_of
 from adapters.storage_errors import NO_WRITES, reason, refusal_to_write
 
@@ -48,11 +49,7 @@ def lock(folder: Path, refused: OSError) -> int:
     except OSError as error:
         why = reason(refused if nearest is None else error)
         raise ReadOnly(f"{folder} can't be made or read: {why}") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise InUse(f"another server uses {folder}; give this one a --data folder") from error
+    take_lock(descriptor, fcntl.LOCK_SH, folder)
     return descriptor
 
 

@@ -160,7 +160,7 @@ class Registry:
         return count
 
     def creation_times(self, patterns: Sequence[str] = ("*",)) -> dict[str, float]:
-        """Of every name of these patterns, in order, when its oldest live version was made.
+        """When the oldest live version of each matching name was made; names in order.
 
         Other names are not read, so that the time it takes tells nothing of them.
         """

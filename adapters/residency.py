@@ -95,7 +95,7 @@ class Residency:
         return self._leases.when_use_ends(use_of(version), then)
 
     def _drop(self, digest: str, use: Use) -> None:
-        # Whoever pinned it before those requests were answered wants it to stay.
+        # It may have been pinned while the last requests were still running: then it stays.
         if not self.pins.is_pinned(use):
             self._slots.drop(digest, use)
 

@@ -22,9 +22,9 @@ from adapters.backup_format import (
     make_private,
     read_manifest,
     source_of,
-    sync_folder,
     write_synced,
 )
+from adapters.folders import sync_folder
 
 NEEDED = """SELECT DISTINCT b.digest, b.mtime_ns FROM blobs b JOIN versions v ON v.digest = b.digest
     WHERE v.deleted_at IS NULL"""

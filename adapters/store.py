@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapters.errors import Damaged, Invalid, ReadOnly, StorageFull, TrunklineError
+from adapters.folders import sync_folder
 from adapters.format import AdapterSet, read_adapter
 from adapters.soundness import fault_of
 from adapters.storage_errors import read_error, reason, storage_errors
@@ -324,12 +325,3 @@ def _is_plain_file(path: Path) -> bool:
 
 def digest_of(data: bytes) -> str:
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
-
-
-def sync_folder(folder: Path) -> None:
-    """Have the folder's names on the disk. Raises OSError."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -286,7 +286,10 @@ def _rebuilt(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> Sto
 
 
 def _first(data: Any = (), *_: Any) -> Any:
-    """Of a set its list, of bytes their text: nothing that is imported is one of these."""
+    """Returns the first argument in place of the set or the bytes that the file would build.
+
+    Nothing that is imported is a set or bytes.
+    """
     return data
 
 

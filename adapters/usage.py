@@ -10,7 +10,7 @@ MOST = 1 << 17  # names; a deleted one is forgotten at once
 
 @dataclass
 class Usage:
-    """Of one name, since the start of the process."""
+    """How one name was used since the start of the process."""
 
     requests: int = 0
     last_used: float | None = None  # seconds since 1970

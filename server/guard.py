@@ -157,7 +157,7 @@ def confined_caller(request: Request) -> Caller | None:
 
 
 def patterns_of(request: Request) -> tuple[str, ...]:
-    """Of the names that the request's key is limited to; none: it may see everything."""
+    """The patterns of names that the request's key may use; empty for a key that may use all."""
     caller = caller_of(request)
     return caller.key.adapters if caller is not None else ()
 

@@ -31,7 +31,7 @@ class ImportRoot:
 
         Of a PEFT folder its two files: the configuration and the tensors.
 
-        Raises RequestError; what is outside is told from what is missing by no answer.
+        Raises RequestError, with one answer for a path outside the root and a path to nothing.
         """
         if "\0" in lora_path:
             raise BadInput("lora_path has a NUL")

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from adapters.backup_format import sync_folder
+from adapters.folders import sync_folder
 from server.key_patterns import pattern_fault
 from server.keys_mark import note_keys, put_back
 

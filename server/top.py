@@ -189,7 +189,7 @@ class TopKeys(Collector):
         return _key_families(self.usage.shown(), names)
 
     def collect_own(self, key: str) -> Iterator[Metric]:
-        """Of one key alone."""
+        """The usage of one key, as its own series."""
         return _key_families({key: self.usage.total(key)}, self.names())
 
     def describe(self) -> Iterator[Metric]:

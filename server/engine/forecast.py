@@ -142,7 +142,7 @@ class Forecast:
         return max(0.0, line.tokens / line.weight - level.reach) * level.slope
 
     def _fitting_level_of_keys(self, key: KeyLines, moment: Moment) -> _Level:
-        """Made anew where the last one had room for all, but the key has grown beyond that."""
+        """The last level, or a new one if the key has outgrown the room of the last."""
         level = self._level_of_keys(moment)
         place = level.asked.places.get(key.key)
         demand = level.demands[place] if place is not None else 0.0

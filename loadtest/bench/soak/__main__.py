@@ -40,7 +40,7 @@ KEYS = 3  # for inference, beside the administrator's
 async def soak(
     traffic: Traffic, sampler: Sampler, out: Path, options: dict[str, Any]
 ) -> list[Sample]:
-    """Traffic for so long, sampled; what was sampled."""
+    """Runs the traffic for the seconds of `options`; returns the samples taken meanwhile."""
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, traffic.stop)

@@ -42,7 +42,7 @@ class Trend:
 
 
 def trends(samples: Sequence[Sample], warm_s: float) -> list[Trend]:
-    """Of every column; none where fewer samples than WINDOWS come after the warm-up."""
+    """A trend for each column; none if fewer than WINDOWS samples follow the warm-up."""
     after = [sample for sample in samples if sample["at_s"] >= warm_s]
     if len(after) < WINDOWS:
         return []
