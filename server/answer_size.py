@@ -59,6 +59,7 @@ class Form:
     state: int = JSON  # bytes of a number of a token's state
     labels: int | None = None  # the best so many; None is all
     more: int = 0  # bytes besides: documents that are sent back
+    in_header: bool = False  # every row's adapter is named in one header line
 
 
 def size_of(

@@ -1,12 +1,13 @@
 """Results to answers in binary: raw numbers of one dtype, and safetensors."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import orjson
 from starlette.responses import Response
 
+from adapters.versions import Version
 from server.answers import Answered, EmbeddingForm, adapter_entry, embedding_matrix, refuse_errors
 from server.engine.errors import TooManyInputs
 from server.engine.job import Floats, Result
@@ -20,7 +21,24 @@ MAX_METADATA_BYTES = 60_000  # a header line: Python's http.client reads 65,536 
 _DTYPES: Mapping[DType, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _ALIGNMENT = 8  # bytes, of the header
 
+_OTHER_METADATA = 200  # bytes at most, besides the adapters
+
 Named = tuple[str, str, list[int], bytes]  # name, dtype, shape, little-endian numbers
+
+
+def check_metadata(adapters: Sequence[Version | None], rows: int) -> None:
+    """Raises TooManyInputs where so many rows under each of the adapters fill the header line."""
+    entries = sum(len(orjson.dumps(adapter_entry(adapter))) + 1 for adapter in adapters)
+    _check_metadata(entries * rows + _OTHER_METADATA)
+
+
+def _check_metadata(size: int) -> None:
+    if size > MAX_METADATA_BYTES:
+        raise TooManyInputs(
+            f"{METADATA_HEADER} would have {size} bytes, more than clients read: send fewer "
+            f"rows, or accept {SAFETENSORS}",
+            limit=MAX_METADATA_BYTES,
+        )
 
 
 def octet_answer(answered: Answered, form: EmbeddingForm) -> Response:
@@ -28,12 +46,7 @@ def octet_answer(answered: Answered, form: EmbeddingForm) -> Response:
     matrix = embedding_matrix(answered, form)
     metadata = _metadata(answered, matrix, form)
     header = orjson.dumps(metadata).decode()
-    if len(header) > MAX_METADATA_BYTES:
-        raise TooManyInputs(
-            f"{METADATA_HEADER} would have {len(header)} bytes, more than clients read: send fewer "
-            f"rows, or accept {SAFETENSORS}",
-            limit=MAX_METADATA_BYTES,
-        )
+    _check_metadata(len(header))  # a version that came meanwhile may have a longer number
     headers = {METADATA_HEADER: header}
     content = packed(matrix, form.dtype)
     return Response(content, media_type=OCTET_STREAM, headers=headers)

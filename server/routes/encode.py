@@ -74,7 +74,9 @@ async def encode(request: Request) -> Response:
 
 def _form(accept: str, form: EmbeddingForm) -> Form:
     """How many bytes its numbers take."""
-    if OCTET_STREAM in accept or SAFETENSORS in accept:
+    if OCTET_STREAM in accept:
+        return Form(vector=BINARY, in_header=True)
+    if SAFETENSORS in accept:
         return Form(vector=BINARY, state=BINARY)
     return Form(vector=BASE64 if form.base64 else JSON)
 

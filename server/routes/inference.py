@@ -9,8 +9,10 @@ from starlette.requests import Request
 from adapters.errors import TrunklineError
 from adapters.names import BASE
 from adapters.validate import Manifest
+from adapters.versions import Version
 from server.answer_size import Form, size_of
 from server.answers import Answered
+from server.binary_answers import check_metadata
 from server.building import hold_answer
 from server.engine.admission import Row
 from server.engine.errors import (
@@ -132,6 +134,8 @@ async def answer_inputs(
     rows = [Row(item.ids, reference) for item in encoded for reference in references]
     try:
         adapters = [_manifest(state, reference, ask) for reference in references]
+        if form.in_header:
+            check_metadata([_version(state, reference) for reference in references], len(inputs))
     except TrunklineError as error:
         raise located(error, place, references, len(references)) from error
     backbone = state.backbone
@@ -160,10 +164,16 @@ async def encoded_inputs(
 
 def _manifest(state: ServerState, reference: str | None, ask: Ask) -> Manifest | None:
     """What the reference's adapter changes, where the size of an answer depends on it."""
-    if "labels" not in ask.outputs or reference in (None, BASE):
+    version = _version(state, reference) if "labels" in ask.outputs else None
+    return None if version is None else version.manifest
+
+
+def _version(state: ServerState, reference: str | None) -> Version | None:
+    """What the reference means now; None is the trunk alone."""
+    if reference in (None, BASE):
         return None
     try:
-        return state.library.version(reference).manifest
+        return state.library.version(reference)
     except TrunklineError as error:
         error.details["adapter"] = reference
         raise

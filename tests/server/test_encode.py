@@ -437,8 +437,13 @@ def test_every_length_under_every_adapter_in_one_request_is_the_reference(
 def test_octet_stream_with_more_adapters_than_a_header_holds_is_refused_with_a_sentence(
     client: httpx.Client,
 ) -> None:
-    body = {"adapter": "plain", "inputs": [[1]] * 1000}
+    def tokens_run() -> str:
+        lines = client.get("/metrics").text.splitlines()
+        return next(line for line in lines if line.startswith("trunkline_tokens_total "))
+
+    body, before = {"adapter": "plain", "inputs": [[1]] * 1000}, tokens_run()
     answer = client.post("/encode", json=body, headers={"accept": OCTETS})
     assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_many_inputs")
+    assert tokens_run() == before  # it is counted before anything is computed
     answer = client.post("/encode", json=body | {"adapter": "base"}, headers={"accept": OCTETS})
     assert len(answer.content) == 1000 * 16 * 4
