@@ -135,7 +135,7 @@ def _question(trunk: Trunk, key: str, adapters: Sequence[int], rows: int, seed: 
     inputs = [[dice.randrange(trunk.config.vocab_size) for _ in range(TOKENS)] for _ in range(rows)]
     names = [name_of(number) for number in adapters]
     body = {"adapters": names, "inputs": inputs, "timeout_ms": 3 * DEADLINE_MS}
-    return post("/encode", body, "application/octet-stream", TOKENS * rows * len(names), key)
+    return post("/encode", body, "application/vnd.safetensors", TOKENS * rows * len(names), key)
 
 
 async def _quiet(
