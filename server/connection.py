@@ -180,11 +180,12 @@ class Connection(HttpToolsProtocol):
             start = self._start if self._head_bytes else b""
             self._start = (start + data[:START_BYTES])[:START_BYTES]
             self._head_bytes += len(data)
-        began_in_head = self._in_head
+        began_in_head, before = self._in_head, self._client
         self._reading = True
         super().data_received(data)
         self._reading = False
-        if not began_in_head and self.in_body:
+        # The rest of one body, read with the head of the next request, is no framing of the next.
+        if not began_in_head and self.in_body and self._client is before:
             self._count_framing(len(data))
         self._begin()
         if self.transport.is_closing():

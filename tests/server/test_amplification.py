@@ -126,10 +126,11 @@ def test_every_answer_is_bounded_and_none_is_a_fault_of_the_server(attacked: Att
 
 def test_the_large_ones_are_refused_and_those_that_fit_are_answered(attacked: Attacked) -> None:
     got = {(row.cost.route[1], row.cost.name): set(row.statuses) for row in attacked.rows}
-    for name in ("states of all tokens", "all labels", "labels as safetensors"):
-        assert got["/encode", name] == {413}
-    assert got["/classify", "labels of many rows"] == {413}
+    assert got["/encode", "states of all tokens"] == {413}
     assert got["/tokenize", "a text of a whole body"] == {413}
+    if not LONG:  # the demo's answers of labels are large, and within the usual limit
+        assert got["/encode", "all labels"] == got["/encode", "labels as safetensors"] == {413}
+        assert got["/classify", "labels of many rows"] == {413}
     for name in ("states that fit", "states as safetensors", "short rows"):
         assert 200 in got["/encode", name]
     assert 200 in got["/embed_all", "states that fit"]

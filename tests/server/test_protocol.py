@@ -458,6 +458,15 @@ def test_what_frames_a_body_has_a_bound(tiny_server: Served, case: str) -> None:
             assert statuses(read_all(connection)) in ([431], [])
 
 
+def test_the_rest_of_a_body_is_no_framing_of_the_next_request_in_the_same_read() -> None:
+    large = b"x" * 200_000
+    first = encode(body=b"content-length: %d\r\n\r\n" % len(large))
+    whole = encode()
+    half = len(whole) - len(BODY) // 2
+    answers = asyncio.run(_echoed(first, large + whole[:half], whole[half:] + SECOND))
+    assert answers == [b"POST /encode " + large, b"POST /encode " + BODY, b"GET /health "]
+
+
 def test_a_body_in_chunks_of_one_byte_is_read(tiny_server: Served) -> None:
     text = b'{"adapter": "plain", "inputs": "to be"%s}' % (b" " * 20_000)
     chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in text) + b"0\r\n\r\n"
